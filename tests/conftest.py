@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+
+# Model Runner V2 on the CPU: its Triton kernels run in Triton's interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_PLUGINS", "duet")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

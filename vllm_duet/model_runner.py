@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DuetModelRunner: Model Runner V2 with a prefill left in flight on a second lane.
+
+What may live here: executing a StepDirective. What a step should do is decided
+in scheduler.py; how a lane runs its work is in lanes/.
+
+Stock steps pass straight through. For a launch, the stock ``execute_model``
+prepares the prefill batch into the lane's own state; in place of the model it
+meets a recorder, so the forward can run on the lane at any later moment.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+)
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.utils import AttentionGroup
+from vllm.v1.worker.workspace import use_workspace_lane
+
+from vllm_duet.config import DuetConfig
+from vllm_duet.lanes import InFlight, LanePair
+from vllm_duet.lanes.serial import SerialLanePair
+from vllm_duet.plan import Join, JoinedPrefill, PrefillLaunch, StepDirective, directive_of
+
+logger = init_logger(__name__)
+
+PREFILL_WORKSPACE_LANE = 1
+"""The decode lane keeps vLLM's workspace lane 0."""
+
+
+class DuetModelRunnerMixin:
+    """Executes step directives on top of a Model Runner V2 class."""
+
+    lanes: LanePair
+    _prefill: InFlightPrefill | None
+    _directive: StepDirective | None
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        self.lanes = make_lanes(DuetConfig.load(vllm_config.additional_config), device)
+        self._prefill = None
+        self._directive = None
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)  # type: ignore[misc]
+        self.prefill_state = PrefillLaneState(self)
+
+    # A step: the decode batch first, then whatever the directive adds.
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        directive = self._directive = directive_of(scheduler_output)
+        if directive is None:
+            return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        with self.lanes.exclusive(), self.lanes.decoding(directive.decode_sms):
+            output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            # No sampling will follow: this is the pure join step.
+            return self._join(output, directive.join)
+        return output
+
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        directive, self._directive = self._directive, None
+        if directive is None:
+            return super().sample_tokens(grammar_output)  # type: ignore[misc]
+        with self.lanes.exclusive(), self.lanes.decoding(directive.decode_sms):
+            output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        if directive.launch is not None:
+            # After the decode step is queued, so that preparing the prefill
+            # does not hold it up.
+            self._launch(directive.launch)
+            return output
+        return self._join(output, directive.join)
+
+    # The prefill: prepared at its launch, run by its lane, taken along at the join.
+
+    def _launch(self, launch: PrefillLaunch) -> None:
+        assert self._prefill is None, "at most one prefill is in flight"
+        recorder = ForwardRecorder()
+        with self.lanes.exclusive(), self.prefill_state.installed(self, recorder):
+            super().execute_model(launch.output)  # type: ignore[misc]
+            state, self.execute_model_state = self.execute_model_state, None
+        assert recorder.recorded is not None
+        run = partial(self._run_prefill, recorder.recorded, state)
+        self._prefill = InFlightPrefill(
+            launch.launch_id, self.lanes.launch(run, launch.prefill_sms)
+        )
+
+    @torch.inference_mode()
+    def _run_prefill(self, forward: RecordedForward, state: Any) -> Any:
+        """The prefill's forward and sampling, on whatever thread its lane chose."""
+        with (
+            use_workspace_lane(PREFILL_WORKSPACE_LANE),
+            override_forward_context(forward.context),
+        ):
+            hidden_states = self.model(**forward.inputs)  # type: ignore[attr-defined]
+        # A decode step may stand between its forward and its sampling.
+        decode_state = self.execute_model_state
+        self.execute_model_state = state._replace(hidden_states=hidden_states)
+        try:
+            return super().sample_tokens(None)  # type: ignore[misc]
+        finally:
+            self.execute_model_state = decode_state
+
+    def _join(
+        self, step: ModelRunnerOutput | AsyncModelRunnerOutput | None, join: Join | None
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        prefill = self._prefill
+        if prefill is None or join is None:
+            return step
+        if join is Join.IF_DONE and not prefill.in_flight.done():
+            return step
+        self._prefill = None
+        assert step is not None
+        return JoinedStep(step, prefill.launch_id, prefill.in_flight.result())
+
+    def shutdown(self) -> None:
+        self.lanes.shutdown()
+        super().shutdown()  # type: ignore[misc]
+
+    def prepare_attn(
+        self, input_batch: InputBatch
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        if self.input_buffers is not self.prefill_state.input_buffers:
+            return super().prepare_attn(input_batch)  # type: ignore[misc]
+        return self.prefill_state.prepare_attn(self, input_batch)
+
+    execute_model_state: Any
+    input_buffers: InputBuffers
+
+
+class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[misc]
+    """Two lanes on vLLM's GPU model runner."""
+
+
+class DuetCPUModelRunner(DuetModelRunnerMixin, CPUModelRunner):  # type: ignore[misc]
+    """The same on the CPU, for machines without a GPU."""
+
+
+def make_lanes(config: DuetConfig, device: torch.device) -> LanePair:
+    """The lanes ``config`` asks for on ``device``."""
+    return SerialLanePair(config.serial_timing, config.serial_hold_steps)
+
+
+class InFlightPrefill(NamedTuple):
+    launch_id: int
+    in_flight: InFlight[Any]
+
+
+class RecordedForward(NamedTuple):
+    inputs: dict[str, Any]
+    context: ForwardContext
+
+
+class ForwardRecorder:
+    """Stands in for the model while a prefill is prepared; keeps its arguments."""
+
+    def __init__(self) -> None:
+        self.recorded: RecordedForward | None = None
+
+    def __call__(self, **inputs: Any) -> torch.Tensor:
+        self.recorded = RecordedForward(inputs, get_forward_context())
+        return torch.empty(0)
+
+
+class EagerDispatch:
+    """Stands in for the CUDA graph manager: a prefill on its lane runs eagerly.
+
+    Kernels captured on another stream would run on that stream's SMs (CUDA
+    programming guide, green contexts).
+    """
+
+    def dispatch(
+        self, num_reqs: int, num_tokens: int, *args: Any, num_active_loras: int = 0, **kwargs: Any
+    ) -> BatchExecutionDescriptor:
+        return BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.NONE,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_active_loras=num_active_loras,
+        )
+
+
+class PrefillLaneState:
+    """Everything a prefill reads between its launch and its join.
+
+    The decode lane overwrites its own copies of these at every step; sharing
+    any of them is a silent data race (design, rule 2).
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self.input_buffers = InputBuffers(
+            max_num_reqs=runner.max_num_reqs,
+            max_num_tokens=runner.max_num_tokens,
+            device=runner.device,
+        )
+        tables = runner.block_tables
+        self.block_tables = tuple(torch.zeros_like(t) for t in tables.input_block_tables)
+        self.block_table_ptrs = tables._make_ptr_tensor(self.block_tables)
+        self.slot_mappings = torch.zeros_like(tables.slot_mappings)
+        self.attn_groups = [
+            [_with_own_builders(group, runner) for group in groups]
+            for groups in runner.attn_groups
+        ]
+
+    @contextmanager
+    def installed(self, runner: Any, model: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Let ``runner`` prepare a batch into this state, with ``model`` for its model."""
+        mine = {
+            "input_buffers": self.input_buffers,
+            "attn_groups": self.attn_groups,
+            "cudagraph_manager": EagerDispatch(),
+            "model": model,
+        }
+        decodes = {name: getattr(runner, name) for name in mine}
+        vars(runner).update(mine)
+        try:
+            yield
+        finally:
+            vars(runner).update(decodes)
+
+    def prepare_attn(
+        self, runner: Any, input_batch: InputBatch
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Model Runner V2's ``prepare_attn``, into the lane's own tensors."""
+        block_tables = runner.block_tables.gather_block_tables(
+            input_batch.idx_mapping,
+            num_reqs_padded=input_batch.num_reqs_after_padding,
+            out=self.block_tables,
+            out_ptrs=self.block_table_ptrs,
+        )
+        slot_mappings = runner.block_tables.compute_slot_mappings(
+            input_batch.idx_mapping,
+            input_batch.query_start_loc,
+            input_batch.positions,
+            num_tokens_padded=input_batch.num_tokens_after_padding,
+            out=self.slot_mappings,
+        )
+        return block_tables, slot_mappings
+
+
+def _with_own_builders(group: AttentionGroup, runner: Any) -> AttentionGroup:
+    # Metadata builders keep persistent buffers, so the lane gets its own set.
+    own = replace(group, metadata_builders=[])
+    own.create_metadata_builders(
+        runner.vllm_config,
+        runner.device,
+        kernel_block_size=runner.kernel_block_sizes[group.kv_cache_group_id],
+    )
+    return own
+
+
+class JoinedStep(AsyncModelRunnerOutput):
+    """A step's output with the result of the prefill that ended by then."""
+
+    def __init__(
+        self, step: ModelRunnerOutput | AsyncModelRunnerOutput, launch_id: int, prefill: Any
+    ) -> None:
+        self._step = step
+        self._launch_id = launch_id
+        self._prefill = prefill
+
+    def get_output(self) -> ModelRunnerOutput:
+        if isinstance(self._step, AsyncModelRunnerOutput):
+            output = self._step.get_output()
+        else:
+            # vLLM returns one shared empty output for steps without tokens.
+            output = copy.copy(self._step)
+        output.duet = JoinedPrefill(  # type: ignore[attr-defined]
+            self._launch_id, self._prefill.get_output()
+        )
+        return output

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``vllm.general_plugins`` entry point; the only file that changes vLLM's objects.
+
+vLLM calls ``register`` in the API process, the engine core and every worker.
+It wraps ``VllmConfig.__post_init__``, and the wrapper does nothing unless the
+configured scheduler is DuetScheduler.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_duet.config import DuetConfig
+from vllm_duet.version import check_vllm_version
+
+WORKERS = {
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_duet.worker.DuetWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_duet.worker.DuetCPUWorker",
+}
+SCHEDULER_NAMES = ("vllm_duet.DuetScheduler", "vllm_duet.scheduler.DuetScheduler")
+
+
+def register() -> None:
+    """Let ``--scheduler-cls vllm_duet.DuetScheduler`` alone bring all it needs."""
+    from vllm.config import VllmConfig
+
+    if hasattr(VllmConfig.__post_init__, "__wrapped__"):
+        return
+    stock_post_init = VllmConfig.__post_init__
+
+    @functools.wraps(stock_post_init)
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_post_init(self, *args, **kwargs)
+        if uses_duet(self):
+            configure(self)
+
+    VllmConfig.__post_init__ = post_init  # type: ignore[method-assign]
+
+
+def uses_duet(vllm_config: Any) -> bool:
+    """Whether the configured scheduler is DuetScheduler or a subclass of it."""
+    chosen = vllm_config.scheduler_config.scheduler_cls
+    if isinstance(chosen, type):
+        return any(
+            f"{base.__module__}.{base.__qualname__}" in SCHEDULER_NAMES for base in chosen.__mro__
+        )
+    return chosen in SCHEDULER_NAMES
+
+
+def configure(vllm_config: Any) -> None:
+    """Check what the user asked for, and name the worker DuetScheduler needs.
+
+    Raises:
+        RuntimeError: the installed vLLM is not supported.
+        DuetConfigError: an option of vllm-duet is wrong.
+    """
+    if problem := check_vllm_version():
+        raise RuntimeError(problem)
+    DuetConfig.load(vllm_config.additional_config)
+    parallel = vllm_config.parallel_config
+    parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention-aware roofline: how long one step takes on S of a GPU's SMs, and why.
+
+Pure Python and NumPy. Nothing in this folder may import torch or vLLM.
+
+    roofline = Roofline(ModelShape.from_hf_config(config), GpuProfile.load("h100-sxm"))
+    roofline.predict(Batch(query_lens=[2048, 1], context_lens=[0, 900]), num_sms=132).ms
+"""
+
+from vllm_duet.roofline.correction import StepTimeCorrection
+from vllm_duet.roofline.hardware import GpuProfile, ProfileError
+from vllm_duet.roofline.model_shape import (
+    ExpertShape,
+    LatentShape,
+    ModelShape,
+    UnsupportedArchitectureError,
+)
+from vllm_duet.roofline.operators import Operator
+from vllm_duet.roofline.predictor import (
+    Batch,
+    BatchSummary,
+    OperatorTime,
+    PairPrediction,
+    Prediction,
+    Roofline,
+)
+
+__all__ = [
+    "Batch",
+    "BatchSummary",
+    "ExpertShape",
+    "GpuProfile",
+    "LatentShape",
+    "ModelShape",
+    "Operator",
+    "OperatorTime",
+    "PairPrediction",
+    "Prediction",
+    "ProfileError",
+    "Roofline",
+    "StepTimeCorrection",
+    "UnsupportedArchitectureError",
+]

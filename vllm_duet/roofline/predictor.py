@@ -1,0 +1,594 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Roofline: the time of a step on S SMs, and of two steps side by side.
+
+A scheduler calls this at every step, so an operator list is compiled once into
+coefficient matrices, and a forecast is two matrix products and a handful of
+vector operations on a few statistics of the batch (BatchSummary). ``predict``
+reads the same arrays out by operator; there is no second set of formulas.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_duet.roofline.hardware import GpuProfile
+from vllm_duet.roofline.model_shape import ModelShape
+from vllm_duet.roofline.operators import FEATURES, Kind, Operator, operators
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+FloatOrArray = float | FloatArray
+IntOrArray = int | IntArray
+Bound = Literal["compute", "bandwidth", "overhead", "link"]
+
+_FEATURE = {name: row for row, name in enumerate(FEATURES)}
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The requests of one step.
+
+    Request i computes ``query_lens[i]`` >= 1 new tokens after the
+    ``context_lens[i]`` >= 0 it has in the KV cache; both are [num_requests] and
+    become read-only int64 arrays. ``num_sampled`` rows go through the lm_head;
+    None means one for each request, which is what vLLM computes.
+
+    Raises:
+        ValueError: empty, unequal lengths, not integers, or out of range.
+    """
+
+    query_lens: Sequence[int] | IntArray
+    context_lens: Sequence[int] | IntArray
+    num_sampled: int | None = None
+
+    def __post_init__(self) -> None:
+        query = _lengths("query_lens", self.query_lens)
+        context = _lengths("context_lens", self.context_lens)
+        if query.shape != context.shape or query.ndim != 1 or not query.size:
+            raise ValueError(
+                "query_lens and context_lens must be flat, of equal length and not empty,"
+                f" not of shapes {query.shape} and {context.shape}"
+            )
+        if query.min() < 1:
+            raise ValueError(f"every query length must be at least 1, not {query.min()}")
+        if context.min() < 0:
+            raise ValueError(f"every context length must be at least 0, not {context.min()}")
+        if self.num_sampled is not None and self.num_sampled < 0:
+            raise ValueError(f"num_sampled must be at least 0, not {self.num_sampled}")
+        query.flags.writeable = context.flags.writeable = False
+        object.__setattr__(self, "query_lens", query)
+        object.__setattr__(self, "context_lens", context)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchSummary:
+    """All that the roofline needs of a batch; summaries of two batches add up.
+
+    Every field is a number, or an array of any shape: one entry for each candidate
+    batch. Requests with one new token are *decode*, those with more *prefill*.
+
+    ``*_kv_tokens`` is sum(c_i + q_i), the KV tokens read; ``prefill_pairs`` is
+    sum(q_i (c_i + (q_i + 1)/2)), the (query, key) pairs under the causal mask (a
+    decode request has as many pairs as KV tokens). ``*_window_*`` are the same
+    inside the model's sliding window, and 0 where it has none.
+    """
+
+    num_sampled: FloatOrArray = 0.0
+    decode_tokens: FloatOrArray = 0.0
+    decode_kv_tokens: FloatOrArray = 0.0
+    decode_window_kv_tokens: FloatOrArray = 0.0
+    prefill_requests: FloatOrArray = 0.0
+    prefill_tokens: FloatOrArray = 0.0
+    prefill_pairs: FloatOrArray = 0.0
+    prefill_kv_tokens: FloatOrArray = 0.0
+    prefill_window_pairs: FloatOrArray = 0.0
+    prefill_window_kv_tokens: FloatOrArray = 0.0
+
+    @property
+    def num_tokens(self) -> FloatOrArray:
+        """New tokens of the step, sum(q_i)."""
+        return self.decode_tokens + self.prefill_tokens
+
+    @property
+    def num_requests(self) -> FloatOrArray:
+        """Requests of the step."""
+        return self.decode_tokens + self.prefill_requests
+
+    def __add__(self, other: BatchSummary) -> BatchSummary:
+        """The summary of both batches in one step."""
+        return BatchSummary(
+            self.num_sampled + other.num_sampled,
+            self.decode_tokens + other.decode_tokens,
+            self.decode_kv_tokens + other.decode_kv_tokens,
+            self.decode_window_kv_tokens + other.decode_window_kv_tokens,
+            self.prefill_requests + other.prefill_requests,
+            self.prefill_tokens + other.prefill_tokens,
+            self.prefill_pairs + other.prefill_pairs,
+            self.prefill_kv_tokens + other.prefill_kv_tokens,
+            self.prefill_window_pairs + other.prefill_window_pairs,
+            self.prefill_window_kv_tokens + other.prefill_window_kv_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorTime:
+    """One operator's share of a step, all its runs together.
+
+    ``ms`` is what it adds to the step. ``compute_ms`` is the time of its
+    arithmetic (of a row-wise kernel: of its thread blocks) and ``bandwidth_ms``
+    that of its memory traffic, each as if alone; ``overhead_ms`` is its fixed cost,
+    ``link_ms`` its transfer to other ranks. ``bound`` names the largest.
+    """
+
+    name: str
+    ms: float
+    compute_ms: float
+    bandwidth_ms: float
+    overhead_ms: float
+    link_ms: float
+    flops: float
+    bytes: float
+
+    @property
+    def bound(self) -> Bound:
+        parts: dict[Bound, float] = {
+            "compute": self.compute_ms,
+            "bandwidth": self.bandwidth_ms,
+            "overhead": self.overhead_ms,
+            "link": self.link_ms,
+        }
+        return max(parts, key=parts.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The forecast of one step on ``num_sms`` SMs, by operator in order of execution."""
+
+    ms: float
+    num_sms: int
+    operators: tuple[OperatorTime, ...]
+
+    def explain(self) -> str:
+        """A table for people: one line an operator."""
+        lines = [
+            f"{self.ms:.3f} ms on {self.num_sms} SMs",
+            f"{'operator':<26}{'ms':>9}{'%':>6}{'GFLOP':>11}{'MB':>11}  bound by",
+        ]
+        for op in self.operators:
+            share = 100 * op.ms / self.ms if self.ms else 0.0
+            lines.append(
+                f"{op.name:<26}{op.ms:>9.3f}{share:>6.1f}{op.flops / 1e9:>11.1f}"
+                f"{op.bytes / 1e6:>11.1f}  {op.bound if op.ms else '-'}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class PairPrediction:
+    """Two steps side by side: each alone on its SMs, and as slowed by the other."""
+
+    decode: Prediction
+    prefill: Prediction
+    decode_ms: float
+    prefill_ms: float
+
+    def explain(self) -> str:
+        """A table for people: the two lanes, then each alone by operator."""
+        lines = [f"{'lane':<10}{'SMs':>5}{'alone ms':>11}{'beside ms':>11}{'slower':>9}"]
+        for name, alone, ms in (
+            ("decode", self.decode, self.decode_ms),
+            ("prefill", self.prefill, self.prefill_ms),
+        ):
+            slower = ms / alone.ms - 1 if alone.ms else 0.0
+            lines.append(
+                f"{name:<10}{alone.num_sms:>5}{alone.ms:>11.3f}{ms:>11.3f}{slower:>9.1%}"
+            )
+        return "\n".join(
+            [*lines, "", "decode alone", self.decode.explain()]
+            + ["", "prefill alone", self.prefill.explain()]
+        )
+
+
+@dataclass(slots=True)
+class _Times:
+    """Times in ms of N steps alone on their SMs, K operators each."""
+
+    compute: FloatArray  # [K, N]
+    memory: FloatArray  # [K, N]
+    bus: FloatArray  # [K, N], memory time at the whole GPU's bandwidth
+    busy: FloatArray  # [K, N], compute and memory combined
+    total: FloatArray  # [N], with fixed costs
+
+
+class Roofline:
+    """Forecasts steps of one model on one GPU (one tensor-parallel rank of it).
+
+    Source: design.md, "Roofline, in short", after DuetServe (arXiv 2511.04791):
+    t(op) = max(FLOPs / C(S), bytes / B(S)) + overhead, summed over operators and
+    layers. Two refinements come from measured operators (see profiles/):
+
+    * compute and memory time overlap only in part, t = max + u min, with
+      u = ``unoverlapped``;
+    * part of the compute comes in whole waves over the SMs: with W tiles, it is
+      ceil(W / S) times the time of one tile.
+
+    Thread-safe: nothing changes after construction.
+    """
+
+    def __init__(self, shape: ModelShape, profile: GpuProfile) -> None:
+        self.shape = shape
+        self.profile = profile
+        self.operators = operators(shape, profile.expert_tile_rows)
+        self._compile(self.operators)
+
+        sms = np.arange(profile.num_sms + 1, dtype=np.float64)
+        compute = profile.compute_fractions()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # [4, num_sms + 1]; the last row is how much slower a tile runs on one
+            # of S SMs than on one of all. Column 0 is never read.
+            self._by_sms = np.stack(
+                [
+                    1 / sms,
+                    1 / compute,
+                    1 / profile.bandwidth_fractions(),
+                    sms / (profile.num_sms * compute),
+                ]
+            )
+        window = shape.sliding_window
+        self._window = window if shape.num_window_layers else None
+        if shape.experts:
+            experts = shape.experts
+            miss = 1 - experts.experts_per_token / experts.num_experts
+            self._num_experts = float(experts.num_experts)
+            # All experts at once where k = E.
+            self._log_miss = float(np.log(miss)) if miss > 0 else -np.inf
+        else:
+            self._num_experts, self._log_miss = 0.0, 0.0
+
+    def _compile(self, ops: Sequence[Operator]) -> None:
+        """Coefficients of time, in ms on the whole GPU, all runs of an operator together.
+
+        Rows of the stacked matrix: K of compute time that is linear in the
+        features, K of tile rows, K of memory time, one of fixed time.
+        """
+        profile, count = self.profile, len(ops)
+        compute, rows, memory, overhead, link = (
+            np.zeros((count, len(FEATURES))) for _ in range(5)
+        )
+        columns, wave, unoverlapped = (np.zeros((count, 1)) for _ in range(3))
+        self._flops, self._bytes = np.zeros_like(compute), np.zeros_like(compute)
+        for k, op in enumerate(ops):
+            for name, amount in op.flops.items():
+                self._flops[k, _FEATURE[name]] = amount * op.repeats
+            for name, amount in op.bytes.items():
+                self._bytes[k, _FEATURE[name]] = amount * op.repeats
+            overhead[k, _FEATURE[op.gate]] = 1e-3 * op.repeats * _overhead_us(op, profile)
+            if op.kind is Kind.STEP:
+                continue
+            if op.kind is Kind.LINK:
+                link[k] = 1e3 * self._bytes[k] / profile.link_bytes_per_s
+                continue
+            decode = op.kind is Kind.ATTENTION and op.gate == "has_decode"
+            fraction = profile.attention_hbm_fraction if decode else profile.hbm_fraction
+            memory[k] = 1e3 * self._bytes[k] / (profile.hbm_bytes_per_s * fraction)
+            if op.kind is Kind.ROWWISE:
+                row_us = 1e6 * op.bytes["tokens"] / profile.row_bytes_per_s
+                row_us += op.reductions * profile.row_reduction_us
+                rows[k, _FEATURE["tokens"]] = 1 / profile.row_blocks_per_sm
+                columns[k], wave[k] = 1, 1e-3 * op.repeats * row_us
+            elif op.kind is not Kind.STREAM:
+                gemm = op.kind is Kind.GEMM
+                flops_per_s = profile.peak_flops_per_s(op.dtype, self.shape.activation_dtype)
+                flops_per_s *= profile.gemm_fraction if gemm else profile.attention_fraction
+                compute[k] = 1e3 * self._flops[k] / flops_per_s
+                unoverlapped[k] = profile.unoverlapped
+                if op.columns:
+                    compute[k] *= 1 - profile.wave_fraction
+                    rows[k, _FEATURE[op.rows]] = 1 / profile.tile_rows
+                    columns[k] = -(-op.columns // profile.tile_columns)
+                    tile_flops = 2 * profile.tile_rows * profile.tile_columns * op.depth
+                    tile_ms = 1e3 * tile_flops * profile.num_sms / flops_per_s
+                    wave[k] = op.repeats * profile.wave_fraction * tile_ms
+        self._overhead, self._link = overhead, link
+        fixed = (overhead + link).sum(axis=0, keepdims=True)
+        self._coefficients = np.vstack([compute, rows, memory, fixed])
+        self._columns, self._wave, self._unoverlapped = columns, wave, unoverlapped
+        self._count = count
+
+    def summarize(self, batch: Batch) -> BatchSummary:
+        """The batch's statistics, with windowed ones where the model has windows."""
+        query, context = np.asarray(batch.query_lens), np.asarray(batch.context_lens)
+        count = query.size
+        sampled = count if batch.num_sampled is None else batch.num_sampled
+        is_prefill = query > 1
+        q, c = query[is_prefill], context[is_prefill]
+        prefills = q.size
+        decodes = count - prefills
+        c_sum = int(c.sum())
+        decode_kv = int(context.sum()) - c_sum + decodes
+        decode_window_kv = window_pairs = window_kv = 0.0
+        if self._window is not None:
+            seen = np.minimum(context[~is_prefill] + 1, self._window)
+            pairs_each, kv_each = _window_statistics(q, c, self._window)
+            decode_window_kv = float(seen.sum())
+            window_pairs, window_kv = float(pairs_each.sum()), float(kv_each.sum())
+        if not prefills:
+            return BatchSummary(sampled, decodes, decode_kv, decode_window_kv)
+        q_sum = int(q.sum())
+        return BatchSummary(
+            sampled,
+            decodes,
+            decode_kv,
+            decode_window_kv,
+            prefills,
+            q_sum,
+            int(q @ c) + (int(q @ q) + q_sum) / 2,
+            q_sum + c_sum,
+            window_pairs,
+            window_kv,
+        )
+
+    def prefill_chunk_summary(
+        self, chunk_tokens: IntOrArray, context_len: IntOrArray
+    ) -> BatchSummary:
+        """The next ``chunk_tokens`` tokens of one prefill after ``context_len``.
+
+        Both broadcast; fields take their shape. A chunk of 0 is no work at all. A
+        chunk of 1 counts as prefill here, where ``summarize`` takes it for a decode.
+        """
+        chunk = np.asarray(chunk_tokens, dtype=np.float64)
+        context = np.asarray(context_len, dtype=np.float64)
+        some = (chunk > 0).astype(np.float64)
+        window_pairs: FloatOrArray = 0.0
+        window_kv: FloatOrArray = 0.0
+        if self._window is not None:
+            window_pairs, window_kv = _window_statistics(chunk, context, self._window)
+            window_kv = window_kv * some
+        return BatchSummary(
+            num_sampled=some,
+            prefill_requests=some,
+            prefill_tokens=chunk,
+            prefill_pairs=chunk * (context + (chunk + 1) / 2),
+            prefill_kv_tokens=(context + chunk) * some,
+            prefill_window_pairs=window_pairs,
+            prefill_window_kv_tokens=window_kv,
+        )
+
+    def step_ms(self, summary: BatchSummary, num_sms: int | IntArray) -> FloatOrArray:
+        """Time of one step alone on ``num_sms`` SMs, in ms.
+
+        ``num_sms`` and the summary's fields broadcast against each other; the
+        result has their common shape, and is a float where all are numbers.
+
+        Raises:
+            ValueError: ``num_sms`` is not within 1..the GPU's.
+        """
+        values, sms = self._feature_values(summary), np.asarray(num_sms)
+        shape = _common_shape(values, sms)
+        features = np.empty((len(FEATURES), *shape))
+        _fill(features, values)
+        return _shaped(self._times(features, np.broadcast_to(sms, shape)).total, shape)
+
+    def pair_ms(
+        self,
+        decode: BatchSummary,
+        prefill: BatchSummary,
+        decode_sms: int | IntArray,
+        prefill_sms: int | IntArray,
+    ) -> tuple[FloatOrArray, FloatOrArray]:
+        """Times of two steps side by side on disjoint SM groups, in ms: (decode, prefill).
+
+        Broadcasts as :meth:`step_ms`. SM groups do not divide bandwidth. Alone,
+        operator k of a lane takes the share d_k of the memory bus while it runs,
+        and the other lane takes D on average. Where d_k + D > 1 both are served in
+        proportion, so the memory time of k grows by d_k + D; its arithmetic does
+        not. Source: design.md, "Roofline, in short" (demands add up); the sharing
+        rule is an assumption to be replaced by measurement.
+
+        Raises:
+            ValueError: a group is not within 1..the GPU's SMs.
+        """
+        decode_values, prefill_values = map(self._feature_values, (decode, prefill))
+        first, second = np.asarray(decode_sms), np.asarray(prefill_sms)
+        shape = _common_shape(decode_values + prefill_values, first, second)
+        # Both lanes go through as one array of steps; they are axis 1.
+        features = np.empty((len(FEATURES), 2, *shape))
+        _fill(features[:, 0], decode_values)
+        _fill(features[:, 1], prefill_values)
+        sms = np.empty((2, *shape), dtype=np.int64)
+        sms[0], sms[1] = first, second
+        alone = self._times(features, sms)
+
+        lanes = (self._count, 2, -1)
+        bus, busy = alone.bus.reshape(lanes), alone.busy.reshape(lanes)
+        total = alone.total.reshape(2, -1)
+        demand = bus / np.maximum(busy, _TINY_MS)
+        demand += (bus.sum(axis=0) / np.maximum(total, _TINY_MS))[::-1]
+        memory = alone.memory * np.maximum(demand, 1.0, out=demand).reshape(alone.memory.shape)
+        delay = self._combined(alone.compute, memory)
+        delay -= alone.busy
+        total = total + delay.sum(axis=0).reshape(2, -1)
+        return _shaped(total[0], shape), _shaped(total[1], shape)
+
+    def predict(self, batch: Batch, num_sms: int) -> Prediction:
+        """Time of one step alone on ``num_sms`` SMs, by operator.
+
+        Equals :meth:`step_ms` of the batch's summary.
+
+        Raises:
+            ValueError: ``num_sms`` is not within 1..the GPU's.
+        """
+        features = np.empty(len(FEATURES))
+        _fill(features, self._feature_values(self.summarize(batch)))
+        alone = self._times(features, np.asarray(num_sms))
+        overhead, link, flops, moved = (
+            matrix @ features for matrix in (self._overhead, self._link, self._flops, self._bytes)
+        )
+        times = tuple(
+            OperatorTime(op.name, *map(float, numbers))
+            for op, *numbers in zip(
+                self.operators,
+                alone.busy[:, 0] + overhead + link,
+                alone.compute[:, 0],
+                alone.memory[:, 0],
+                overhead,
+                link,
+                flops,
+                moved,
+                strict=True,
+            )
+        )
+        return Prediction(float(alone.total[0]), num_sms, times)
+
+    def predict_pair(
+        self, decode_batch: Batch, prefill_batch: Batch, decode_sms: int, prefill_sms: int
+    ) -> PairPrediction:
+        """Two steps side by side, each also alone and by operator; see :meth:`pair_ms`.
+
+        Raises:
+            ValueError: the two groups do not fit the GPU.
+        """
+        if decode_sms + prefill_sms > self.profile.num_sms:
+            raise ValueError(
+                f"groups of {decode_sms} and {prefill_sms} SMs do not fit"
+                f" {self.profile.name}'s {self.profile.num_sms}"
+            )
+        decode_ms, prefill_ms = self.pair_ms(
+            self.summarize(decode_batch), self.summarize(prefill_batch), decode_sms, prefill_sms
+        )
+        return PairPrediction(
+            self.predict(decode_batch, decode_sms),
+            self.predict(prefill_batch, prefill_sms),
+            float(decode_ms),
+            float(prefill_ms),
+        )
+
+    def _times(self, features: FloatArray, sms: IntArray) -> _Times:
+        """N steps alone: features [F, ...] and sms [...], flattened to N."""
+        sms = sms.reshape(-1)
+        listed = sms.tolist()
+        if min(listed) < 1 or max(listed) > self.profile.num_sms:
+            wrong = next(s for s in listed if not 1 <= s <= self.profile.num_sms)
+            raise ValueError(f"num_sms must be within 1..{self.profile.num_sms}, not {wrong}")
+        per_sm, per_compute, per_bandwidth, wave_scale = self._by_sms[:, sms]
+        work = self._coefficients @ features.reshape(len(FEATURES), -1)
+        k = self._count
+        waves = np.ceil(work[k : 2 * k])
+        waves *= self._columns
+        waves *= per_sm
+        np.ceil(waves, out=waves)
+        waves *= self._wave
+        waves *= wave_scale
+        compute = work[:k]
+        compute *= per_compute
+        compute += waves
+        bus = work[2 * k : 3 * k]
+        memory = bus * per_bandwidth
+        busy = self._combined(compute, memory)
+        total = busy.sum(axis=0)
+        total += work[3 * k]
+        return _Times(compute, memory, bus, busy, total)
+
+    def _combined(self, compute: FloatArray, memory: FloatArray) -> FloatArray:
+        """max + unoverlapped * min, by operator."""
+        lesser = np.minimum(compute, memory)
+        lesser *= self._unoverlapped
+        lesser += np.maximum(compute, memory)
+        return lesser
+
+    def _feature_values(self, s: BatchSummary) -> tuple[FloatOrArray, ...]:
+        """The summary in the order of FEATURES."""
+        tokens = s.num_tokens
+        experts: FloatOrArray = 0.0
+        if self._num_experts:
+            # 1 - (1 - k/E)^T, precise where T k/E is small.
+            experts = -self._num_experts * np.expm1(tokens * self._log_miss)
+        return (
+            tokens > 0,
+            tokens,
+            s.num_sampled,
+            s.decode_tokens > 0,
+            s.decode_tokens,
+            s.decode_kv_tokens,
+            s.decode_window_kv_tokens,
+            s.prefill_tokens > 0,
+            s.prefill_tokens,
+            s.prefill_pairs,
+            s.prefill_kv_tokens,
+            s.prefill_window_pairs,
+            s.prefill_window_kv_tokens,
+            experts,
+        )
+
+
+_TINY_MS = 1e-12
+"""Stands in for a time of zero, where its numerator is zero too."""
+
+
+def _overhead_us(op: Operator, profile: GpuProfile) -> float:
+    """Fixed cost of one run."""
+    if op.kind is Kind.STEP:
+        return profile.step_overhead_us
+    return profile.launch_gap_us + {
+        Kind.GEMM: profile.gemm_overhead_us,
+        Kind.ATTENTION: profile.attention_overhead_us,
+        Kind.ROWWISE: profile.rowwise_overhead_us,
+        Kind.STREAM: profile.rowwise_overhead_us,
+        Kind.LINK: profile.link_latency_us,
+    }[op.kind]
+
+
+def _lengths(name: str, given: Sequence[int] | IntArray) -> IntArray:
+    """A copy as int64."""
+    if isinstance(given, np.ndarray) and given.dtype.kind in "iu":
+        return given.astype(np.int64)
+    try:
+        # Twice as fast on a list as np.array, and takes integers only.
+        return np.frombuffer(array("q", given), dtype=np.int64)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{name} must hold integers") from error
+
+
+def _window_statistics(
+    query: IntArray | FloatArray, context: IntArray | FloatArray, window: int
+) -> tuple[FloatArray, FloatArray]:
+    """(pairs, KV tokens) of each request under a sliding window of w tokens.
+
+    Query j = 1..q sees min(c + j, w) keys: the first a = clip(w - c, 0, q) see all,
+    hence pairs = a (c + (a + 1)/2) + (q - a) w. Together they read the last
+    min(c + q, q + w - 1) tokens. Source: arithmetic.
+    """
+    a = np.clip(window - context, 0, query)
+    pairs = a * (context + (a + 1) / 2) + (query - a) * window
+    return pairs, np.minimum(context + query, query + window - 1).astype(np.float64)
+
+
+def _common_shape(
+    values: tuple[FloatOrArray, ...], *sms: npt.NDArray[np.int64]
+) -> tuple[int, ...]:
+    shapes = {value.shape for value in values if isinstance(value, np.ndarray)}
+    shapes.update(s.shape for s in sms)
+    shapes.discard(())
+    if len(shapes) > 1:
+        return np.broadcast_shapes(*shapes)  # slower than all the rest of a forecast
+    return shapes.pop() if shapes else ()
+
+
+def _fill(features: FloatArray, values: tuple[FloatOrArray, ...]) -> None:
+    """Set features [F, ...] to F values, each broadcast."""
+    if any(isinstance(value, np.ndarray) for value in values):
+        for row, value in enumerate(values):
+            features[row] = value
+    else:
+        column = np.array(values, dtype=np.float64)
+        features[...] = column.reshape(-1, *(1,) * (features.ndim - 1))
+
+
+def _shaped(values: FloatArray, shape: tuple[int, ...]) -> FloatOrArray:
+    return values.reshape(shape) if shape else float(values[0])
