@@ -50,6 +50,8 @@ class DuetModelRunnerMixin:
     """Executes step directives on top of a Model Runner V2 class."""
 
     lanes: LanePair
+    preparing_prefill = False
+    execute_model_state: Any
     _prefill: InFlightPrefill | None
     _directive: StepDirective | None
 
@@ -142,12 +144,9 @@ class DuetModelRunnerMixin:
     def prepare_attn(
         self, input_batch: InputBatch
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        if self.input_buffers is not self.prefill_state.input_buffers:
-            return super().prepare_attn(input_batch)  # type: ignore[misc]
-        return self.prefill_state.prepare_attn(self, input_batch)
-
-    execute_model_state: Any
-    input_buffers: InputBuffers
+        if self.preparing_prefill:
+            return self.prefill_state.prepare_attn(self, input_batch)
+        return super().prepare_attn(input_batch)  # type: ignore[misc]
 
 
 class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[misc]
@@ -232,6 +231,7 @@ class PrefillLaneState:
             "attn_groups": self.attn_groups,
             "cudagraph_manager": EagerDispatch(),
             "model": model,
+            "preparing_prefill": True,
         }
         decodes = {name: getattr(runner, name) for name in mine}
         vars(runner).update(mine)

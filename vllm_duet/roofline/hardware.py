@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,7 +39,7 @@ class GpuProfile:
 
     Rates: ``peak_flops`` by dtype, dense; ``gemm_fraction`` and
     ``attention_fraction`` of it are reached; of ``hbm_bytes_per_s``,
-    ``hbm_fraction`` by streaming kernels and ``attention_hbm_fraction`` by decode
+    ``hbm_fraction`` by streaming kernels and ``attention_hbm_fraction`` by
     attention; ``sm_bytes_per_s`` is what one SM can draw while the bus is free;
     ``link_bytes_per_s`` is what one GPU sends to its peers in an all-reduce.
 
@@ -207,10 +208,10 @@ def _checked(data: Any, path: Path) -> GpuProfile:
             raise fail(f"{key!r} must be above 0")
     for key in ("compute_curve", "bandwidth_curve"):
         curve = values.get(key)
-        if curve and any(a >= b or x > y for (a, x), (b, y) in zip(curve, curve[1:], strict=False)):
+        if curve and any(a >= b or x > y for (a, x), (b, y) in pairwise(curve)):
             raise fail(f"{key!r} must rise: sms strictly, fraction not falling")
-        if curve and curve[-1][0] != values["num_sms"]:
-            raise fail(f"{key!r} must end at all {values['num_sms']} SMs")
+        if curve and curve[-1] != (values["num_sms"], 1.0):
+            raise fail(f"{key!r} must end with fraction 1 at all {values['num_sms']} SMs")
     return GpuProfile(**values)
 
 

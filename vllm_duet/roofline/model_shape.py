@@ -156,7 +156,7 @@ class ModelShape:
                 f"architecture {name} is not supported by the roofline;"
                 f" supported are {', '.join(sorted(_FAMILIES))}"
             )
-        if "text_config" in raw:
+        if raw.get("text_config"):
             raw = {**raw, **raw["text_config"]}
         read = _Reader(name, raw)
 
@@ -189,7 +189,7 @@ class ModelShape:
             qk_norm=family.qk_norm,
             sliding_window=read.integer("sliding_window") if windows else None,
             num_window_layers=windows,
-            experts=family.experts and _EXPERTS[family.experts](read, num_layers),
+            experts=_EXPERTS[family.experts](read, num_layers) if family.experts else None,
             latent=latent,
         )
 
@@ -313,9 +313,7 @@ def _load(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
     if path.is_dir():
         path = path / "config.json"
     loaded = json.loads(path.read_text())
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return loaded
+    return loaded if isinstance(loaded, dict) else {}
 
 
 def _activation_dtype(read: _Reader) -> str:
@@ -335,7 +333,8 @@ def _weight_dtype(read: _Reader) -> str | None:
     if method in ("awq", "gptq") and quantization.get("bits") == 4:
         return "int4"
     if method == "compressed-tensors":
-        group = next(iter(quantization.get("config_groups", {}).values()), {})
+        groups: dict[str, Any] = quantization.get("config_groups") or {}
+        group: dict[str, Any] = next(iter(groups.values()), {})
         weights = group.get("weights") or {}
         kind = (weights.get("type"), weights.get("num_bits"))
         if kind == ("float", 8):

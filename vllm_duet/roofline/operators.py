@@ -222,9 +222,7 @@ def attention_decode(shape: ModelShape, repeats: int, window: str = "") -> Opera
     return _attention(shape, "decode", f"decode_{window}kv_tokens", repeats, window)
 
 
-def _attention(
-    shape: ModelShape, phase: str, pairs: str, repeats: int, window: str
-) -> Operator:
+def _attention(shape: ModelShape, phase: str, pairs: str, repeats: int, window: str) -> Operator:
     width = shape.local_heads * shape.head_dim
     kv_size = 2 * shape.local_kv_heads * shape.head_dim * shape.kv_element_bytes
     return Operator(

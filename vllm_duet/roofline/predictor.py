@@ -10,9 +10,9 @@ reads the same arrays out by operator; there is no second set of formulas.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 FloatOrArray = float | FloatArray
 IntOrArray = int | IntArray
+_Values = tuple[float | npt.NDArray[Any], ...]
 Bound = Literal["compute", "bandwidth", "overhead", "link"]
 
 _FEATURE = {name: row for row, name in enumerate(FEATURES)}
@@ -186,9 +187,7 @@ class PairPrediction:
             ("prefill", self.prefill, self.prefill_ms),
         ):
             slower = ms / alone.ms - 1 if alone.ms else 0.0
-            lines.append(
-                f"{name:<10}{alone.num_sms:>5}{alone.ms:>11.3f}{ms:>11.3f}{slower:>9.1%}"
-            )
+            lines.append(f"{name:<10}{alone.num_sms:>5}{alone.ms:>11.3f}{ms:>11.3f}{slower:>9.1%}")
         return "\n".join(
             [*lines, "", "decode alone", self.decode.explain()]
             + ["", "prefill alone", self.prefill.explain()]
@@ -246,8 +245,8 @@ class Roofline:
             experts = shape.experts
             miss = 1 - experts.experts_per_token / experts.num_experts
             self._num_experts = float(experts.num_experts)
-            # All experts at once where k = E.
-            self._log_miss = float(np.log(miss)) if miss > 0 else -np.inf
+            # Not -inf where k = E, as 0 tokens have to touch 0 experts.
+            self._log_miss = float(np.log(max(miss, 1e-300)))
         else:
             self._num_experts, self._log_miss = 0.0, 0.0
 
@@ -258,43 +257,31 @@ class Roofline:
         features, K of tile rows, K of memory time, one of fixed time.
         """
         profile, count = self.profile, len(ops)
-        compute, rows, memory, overhead, link = (
-            np.zeros((count, len(FEATURES))) for _ in range(5)
-        )
+        compute, rows, memory, overhead, link = (np.zeros((count, len(FEATURES))) for _ in range(5))
         columns, wave, unoverlapped = (np.zeros((count, 1)) for _ in range(3))
-        self._flops, self._bytes = np.zeros_like(compute), np.zeros_like(compute)
+        self._flops = np.stack([op.repeats * _vector(op.flops) for op in ops])
+        self._bytes = np.stack([op.repeats * _vector(op.bytes) for op in ops])
         for k, op in enumerate(ops):
-            for name, amount in op.flops.items():
-                self._flops[k, _FEATURE[name]] = amount * op.repeats
-            for name, amount in op.bytes.items():
-                self._bytes[k, _FEATURE[name]] = amount * op.repeats
             overhead[k, _FEATURE[op.gate]] = 1e-3 * op.repeats * _overhead_us(op, profile)
-            if op.kind is Kind.STEP:
-                continue
             if op.kind is Kind.LINK:
                 link[k] = 1e3 * self._bytes[k] / profile.link_bytes_per_s
-                continue
-            decode = op.kind is Kind.ATTENTION and op.gate == "has_decode"
-            fraction = profile.attention_hbm_fraction if decode else profile.hbm_fraction
-            memory[k] = 1e3 * self._bytes[k] / (profile.hbm_bytes_per_s * fraction)
+            else:
+                memory[k] = 1e3 * self._bytes[k] / _bytes_per_s(op, profile)
             if op.kind is Kind.ROWWISE:
                 row_us = 1e6 * op.bytes["tokens"] / profile.row_bytes_per_s
                 row_us += op.reductions * profile.row_reduction_us
                 rows[k, _FEATURE["tokens"]] = 1 / profile.row_blocks_per_sm
                 columns[k], wave[k] = 1, 1e-3 * op.repeats * row_us
-            elif op.kind is not Kind.STREAM:
-                gemm = op.kind is Kind.GEMM
-                flops_per_s = profile.peak_flops_per_s(op.dtype, self.shape.activation_dtype)
-                flops_per_s *= profile.gemm_fraction if gemm else profile.attention_fraction
-                compute[k] = 1e3 * self._flops[k] / flops_per_s
+            if op.kind in (Kind.GEMM, Kind.ATTENTION):
+                flops_per_s = _flops_per_s(op, profile, self.shape.activation_dtype)
+                whole_waves = profile.wave_fraction if op.columns else 0.0
+                compute[k] = (1 - whole_waves) * 1e3 * self._flops[k] / flops_per_s
                 unoverlapped[k] = profile.unoverlapped
-                if op.columns:
-                    compute[k] *= 1 - profile.wave_fraction
-                    rows[k, _FEATURE[op.rows]] = 1 / profile.tile_rows
-                    columns[k] = -(-op.columns // profile.tile_columns)
-                    tile_flops = 2 * profile.tile_rows * profile.tile_columns * op.depth
-                    tile_ms = 1e3 * tile_flops * profile.num_sms / flops_per_s
-                    wave[k] = op.repeats * profile.wave_fraction * tile_ms
+                rows[k, _FEATURE[op.rows]] = 1 / profile.tile_rows
+                columns[k] = -(-op.columns // profile.tile_columns)
+                tile_flops = 2 * profile.tile_rows * profile.tile_columns * op.depth
+                tile_ms = 1e3 * tile_flops * profile.num_sms / flops_per_s
+                wave[k] = op.repeats * whole_waves * tile_ms
         self._overhead, self._link = overhead, link
         fixed = (overhead + link).sum(axis=0, keepdims=True)
         self._coefficients = np.vstack([compute, rows, memory, fixed])
@@ -373,7 +360,9 @@ class Roofline:
         shape = _common_shape(values, sms)
         features = np.empty((len(FEATURES), *shape))
         _fill(features, values)
-        return _shaped(self._times(features, np.broadcast_to(sms, shape)).total, shape)
+        if sms.shape not in ((), shape):
+            sms = np.broadcast_to(sms, shape)
+        return _shaped(self._times(features, sms).total, shape)
 
     def pair_ms(
         self,
@@ -470,7 +459,7 @@ class Roofline:
         )
 
     def _times(self, features: FloatArray, sms: IntArray) -> _Times:
-        """N steps alone: features [F, ...] and sms [...], flattened to N."""
+        """N steps alone: features [F, ...], flattened to N; sms N too, or one for all."""
         sms = sms.reshape(-1)
         listed = sms.tolist()
         if min(listed) < 1 or max(listed) > self.profile.num_sms:
@@ -502,7 +491,7 @@ class Roofline:
         lesser += np.maximum(compute, memory)
         return lesser
 
-    def _feature_values(self, s: BatchSummary) -> tuple[FloatOrArray, ...]:
+    def _feature_values(self, s: BatchSummary) -> _Values:
         """The summary in the order of FEATURES."""
         tokens = s.num_tokens
         experts: FloatOrArray = 0.0
@@ -531,17 +520,39 @@ _TINY_MS = 1e-12
 """Stands in for a time of zero, where its numerator is zero too."""
 
 
+def _vector(amounts: Mapping[str, float]) -> FloatArray:
+    """Amounts by feature, in the order of FEATURES."""
+    return np.array([amounts.get(name, 0.0) for name in FEATURES], dtype=np.float64)
+
+
+def _bytes_per_s(op: Operator, profile: GpuProfile) -> float:
+    """Memory bandwidth the operator reaches on the whole GPU."""
+    attention = op.kind is Kind.ATTENTION
+    fraction = profile.attention_hbm_fraction if attention else profile.hbm_fraction
+    return profile.hbm_bytes_per_s * fraction
+
+
+def _flops_per_s(op: Operator, profile: GpuProfile, activation_dtype: str) -> float:
+    """Arithmetic rate the operator reaches on the whole GPU."""
+    attention = op.kind is Kind.ATTENTION
+    fraction = profile.attention_fraction if attention else profile.gemm_fraction
+    return profile.peak_flops_per_s(op.dtype, activation_dtype) * fraction
+
+
 def _overhead_us(op: Operator, profile: GpuProfile) -> float:
     """Fixed cost of one run."""
     if op.kind is Kind.STEP:
         return profile.step_overhead_us
-    return profile.launch_gap_us + {
-        Kind.GEMM: profile.gemm_overhead_us,
-        Kind.ATTENTION: profile.attention_overhead_us,
-        Kind.ROWWISE: profile.rowwise_overhead_us,
-        Kind.STREAM: profile.rowwise_overhead_us,
-        Kind.LINK: profile.link_latency_us,
-    }[op.kind]
+    return (
+        profile.launch_gap_us
+        + {
+            Kind.GEMM: profile.gemm_overhead_us,
+            Kind.ATTENTION: profile.attention_overhead_us,
+            Kind.ROWWISE: profile.rowwise_overhead_us,
+            Kind.STREAM: profile.rowwise_overhead_us,
+            Kind.LINK: profile.link_latency_us,
+        }[op.kind]
+    )
 
 
 def _lengths(name: str, given: Sequence[int] | IntArray) -> IntArray:
@@ -569,25 +580,24 @@ def _window_statistics(
     return pairs, np.minimum(context + query, query + window - 1).astype(np.float64)
 
 
-def _common_shape(
-    values: tuple[FloatOrArray, ...], *sms: npt.NDArray[np.int64]
-) -> tuple[int, ...]:
+def _common_shape(values: _Values, *sms: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """The shape that all broadcast to."""
     shapes = {value.shape for value in values if isinstance(value, np.ndarray)}
     shapes.update(s.shape for s in sms)
     shapes.discard(())
     if len(shapes) > 1:
-        return np.broadcast_shapes(*shapes)  # slower than all the rest of a forecast
+        # As slow as all the rest of a forecast, so only where it is needed.
+        return np.broadcast_shapes(*shapes)
     return shapes.pop() if shapes else ()
 
 
-def _fill(features: FloatArray, values: tuple[FloatOrArray, ...]) -> None:
+def _fill(features: FloatArray, values: _Values) -> None:
     """Set features [F, ...] to F values, each broadcast."""
     if any(isinstance(value, np.ndarray) for value in values):
         for row, value in enumerate(values):
             features[row] = value
     else:
-        column = np.array(values, dtype=np.float64)
-        features[...] = column.reshape(-1, *(1,) * (features.ndim - 1))
+        features.T[...] = values
 
 
 def _shaped(values: FloatArray, shape: tuple[int, ...]) -> FloatOrArray:

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+# make test     everything that checks a change: ruff, mypy, pytest
+# make demo     a real server on this machine's CPU, splitting steps
+# make lint     ruff and mypy alone
+# make format   let ruff rewrite what it can
+# make clean    remove what these commands made
+#
+# Each builds .venv first, or reuses it. PYTHON names the Python to build it with.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+MODEL  := $(VENV)/share/smollm2-135m-instruct
+
+.PHONY: test check demo lint format clean
+
+test: lint $(MODEL)
+	$(BIN)/pytest
+
+check: test
+
+demo: $(READY) $(MODEL)
+	@$(BIN)/python examples/demo.py
+
+lint: $(READY)
+	$(BIN)/ruff format --check --diff
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The three that are uninstalled come with vLLM, as CUDA builds that do not load
+# beside torch's CPU build ("operator torchvision::nms does not exist"). vLLM
+# runs without them.
+$(READY): setup.py requirements.txt tests/triton_interpreter/setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else \
+	  "vllm-duet needs Python 3.11, 3.12 or 3.13: try make PYTHON=python3.12")'
+	@echo "Building $(VENV); the first time takes some minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --requirement requirements.txt
+	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	@touch $@
+
+$(MODEL): | $(READY)
+	@$(BIN)/python examples/smollm2.py

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves the same requests by stock vLLM and by DuetScheduler, and compares."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from engine.harness import Answer, Arrival, Engine
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from vllm_duet.lanes.serial import SerialLanePair, Timing
+from vllm_duet.scheduler import DuetScheduler
+
+
+class CountingScheduler(DuetScheduler):
+    """DuetScheduler that counts what the tests have to reach."""
+
+    seen: Counter[str] = Counter()
+
+    def _join(self, joined):
+        self.seen["joins"] += 1
+        self.seen["joins of an aborted request"] += bool(self._prefill.finished)
+        return super()._join(joined)
+
+    def _preempt_request(self, request, *args, **kwargs):
+        self.seen["preemptions"] += 1
+        self.seen["preemptions beside a prefill"] += self._prefill is not None
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _schedule_beside_prefill(self):
+        output = super()._schedule_beside_prefill()
+        decodes = output.total_num_scheduled_tokens
+        self.seen["decode steps beside a prefill"] += bool(decodes)
+        self.seen["pure join steps"] += not decodes
+        return output
+
+
+def assert_blocks_kept(step: int, scheduler: Any) -> None:
+    """Rule 1 of docs/design.md: no block of a prefill in flight is free."""
+    prefill = getattr(scheduler, "_prefill", None)
+    if prefill is None:
+        return
+    for request_id in prefill.output.num_scheduled_tokens:
+        for group in scheduler.kv_cache_manager.get_blocks(request_id).blocks:
+            assert all(block.ref_cnt > 0 for block in group)
+
+
+def serve(
+    engine: Engine,
+    arrivals: Sequence[Arrival],
+    timing: Timing,
+    hold_steps: int,
+    scheduler_cls: type = CountingScheduler,
+    **duet: Any,
+) -> dict[str, Answer]:
+    """The answers of a DuetScheduler with the options ``duet``."""
+    engine.runner.lanes.shutdown()
+    engine.runner.lanes = SerialLanePair(timing, hold_steps)
+    engine.vllm_config.additional_config = {"duet": duet}
+    checked = assert_blocks_kept if scheduler_cls is CountingScheduler else None
+    return engine.run(arrivals, scheduler_cls, checked)
+
+
+def compare(stock: Answer, duet: Answer) -> None:
+    if stock.aborted or duet.aborted:
+        # They were cut off after different numbers of tokens.
+        for choice, tokens in stock.tokens.items():
+            theirs = duet.tokens.get(choice, [])
+            shorter = min(len(tokens), len(theirs))
+            assert tokens[:shorter] == theirs[:shorter]
+        return
+    assert duet.tokens == stock.tokens
+    assert duet.finish_reason == stock.finish_reason
+    assert duet.text == stock.text
+    assert duet.logprobs.keys() == stock.logprobs.keys()
+    for choice, positions in stock.logprobs.items():
+        for ours, theirs in zip(duet.logprobs[choice], positions, strict=True):
+            compare_logprobs(ours, theirs)
+    assert (duet.prompt_logprobs is None) == (stock.prompt_logprobs is None)
+    for ours, theirs in zip(duet.prompt_logprobs or [], stock.prompt_logprobs or [], strict=True):
+        if theirs is not None:
+            compare_logprobs(ours, theirs)
+
+
+def compare_logprobs(ours, theirs) -> None:
+    assert ours.keys() == theirs.keys()
+    for token_id, logprob in theirs.items():
+        assert ours[token_id].logprob == pytest.approx(logprob.logprob, abs=1e-3)
+
+
+def run_both(
+    engine: Engine, arrivals: Sequence[Arrival], timing: Timing, hold_steps: int, **duet: Any
+) -> None:
+    stock = engine.run(arrivals, AsyncScheduler)
+    answers = serve(engine, arrivals, timing, hold_steps, **duet)
+    for arrival in arrivals:
+        compare(stock[arrival.request_id], answers[arrival.request_id])

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever the plan, clients get the tokens that stock vLLM gives them."""
+
+from __future__ import annotations
+
+import pytest
+from engine.scenarios import CountingScheduler, run_both
+from engine.workloads import random_mix
+
+from vllm_duet.plan import Mode
+
+TIMINGS = ("early", "late", "threaded")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_plans(roomy, seed):
+    run_both(roomy, random_mix(seed), TIMINGS[seed % 3], seed % 4, mode="random", seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(100, 115))
+def test_random_plans_with_a_cramped_cache(cramped, seed):
+    run_both(cramped, random_mix(seed), TIMINGS[seed % 3], seed % 5, mode="random", seed=seed)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_always_split(cramped, timing):
+    run_both(cramped, random_mix(7), timing, 6, mode="split")
+    assert cramped.core.scheduler.num_steps[Mode.AGGREGATED] == 0
+
+
+def test_the_mixes_reached_what_they_are_for():
+    """Runs last in this file: the tests above would prove little without these."""
+    wanted = {
+        "joins",
+        "joins of an aborted request",
+        "preemptions",
+        "preemptions beside a prefill",
+        "decode steps beside a prefill",
+        "pure join steps",
+    }
+    assert {name for name, count in CountingScheduler.seen.items() if count} == wanted
