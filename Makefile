@@ -8,6 +8,7 @@
 # Each builds .venv first, or reuses it. PYTHON names the Python to build it with.
 
 PYTHON ?= python3
+PORT   ?= 8765
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -21,7 +22,7 @@ test: lint $(MODEL)
 check: test
 
 demo: $(READY) $(MODEL)
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py --port $(PORT)
 
 lint: $(READY)
 	$(BIN)/ruff format --check --diff

@@ -219,8 +219,7 @@ class PrefillLaneState:
         self.block_table_ptrs = tables._make_ptr_tensor(self.block_tables)
         self.slot_mappings = torch.zeros_like(tables.slot_mappings)
         self.attn_groups = [
-            [_with_own_builders(group, runner) for group in groups]
-            for groups in runner.attn_groups
+            [_with_own_builders(group, runner) for group in groups] for groups in runner.attn_groups
         ]
 
     @contextmanager

@@ -109,10 +109,26 @@ def is_decode(scheduler_output: Any, index: int) -> bool:
     single token of its prompt is left, as after a full prefix-cache hit.
     """
     cached = scheduler_output.scheduled_cached_reqs
-    return (
-        cached.num_output_tokens[index] > 0
-        and scheduler_output.num_scheduled_tokens[cached.req_ids[index]] == 1
-    )
+    tokens: int = scheduler_output.num_scheduled_tokens[cached.req_ids[index]]
+    return tokens == 1 and cached.num_output_tokens[index] > 0
+
+
+def batch_of(scheduler_output: Any) -> tuple[list[int], list[int], list[int]]:
+    """The batch as a policy wants it: the decodes' context lengths [num_decodes],
+    the prefills' query lengths [num_prefills] and context lengths [num_prefills]."""
+    tokens = scheduler_output.num_scheduled_tokens
+    cached = scheduler_output.scheduled_cached_reqs
+    decode_context_lens, query_lens, context_lens = [], [], []
+    for i, req_id in enumerate(cached.req_ids):
+        if is_decode(scheduler_output, i):
+            decode_context_lens.append(cached.num_computed_tokens[i])
+        else:
+            query_lens.append(tokens[req_id])
+            context_lens.append(cached.num_computed_tokens[i])
+    for request in scheduler_output.scheduled_new_reqs:
+        query_lens.append(tokens[request.req_id])
+        context_lens.append(request.num_computed_tokens)
+    return decode_context_lens, query_lens, context_lens
 
 
 def split_output(scheduler_output: Any) -> tuple[Any, Any] | None:

@@ -3,7 +3,8 @@
 
 vLLM calls ``register`` in the API process, the engine core and every worker.
 It wraps ``VllmConfig.__post_init__``, and the wrapper does nothing unless the
-configured scheduler is DuetScheduler.
+configured scheduler is DuetScheduler; only then is ``StatLoggerManager.__init__``
+wrapped too.
 """
 
 from __future__ import annotations
@@ -60,3 +61,36 @@ def configure(vllm_config: Any) -> None:
     DuetConfig.load(vllm_config.additional_config)
     parallel = vllm_config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
+    add_stat_logger()
+
+
+def add_stat_logger() -> None:
+    """Put DuetStatLogger before the other loggers of every engine that uses DuetScheduler.
+
+    Not through the entry points ``vllm.stat_logger_plugins``: one installed there
+    turns statistics on for every engine, whatever its scheduler.
+    """
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    if hasattr(StatLoggerManager.__init__, "adds_duet_stat_logger"):
+        return
+    stock_init = StatLoggerManager.__init__
+
+    @functools.wraps(stock_init)
+    def init(
+        self: Any,
+        vllm_config: Any,
+        engine_idxs: list[int] | None = None,
+        custom_stat_loggers: list[Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if uses_duet(vllm_config):
+            from vllm_duet.metrics import DuetStatLogger
+
+            custom_stat_loggers = [DuetStatLogger, *(custom_stat_loggers or [])]
+        stock_init(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
+
+    # Stays visible under the wrapper of another plugin, which copies attributes.
+    init.adds_duet_stat_logger = True  # type: ignore[attr-defined]
+    StatLoggerManager.__init__ = init  # type: ignore[method-assign]

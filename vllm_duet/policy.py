@@ -8,10 +8,29 @@ torch nor vLLM.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from vllm_duet.plan import DuetPlan, Mode
+from vllm_duet.roofline import Batch, BatchSummary, GpuProfile, Roofline, StepTimeCorrection
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+AGGREGATED_STEP: Final = "aggregated"
+DECODE_LANE: Final = "decode_lane"
+PREFILL_LANE: Final = "prefill_lane"
+"""The kinds of step that StepTimeCorrection tells apart; a CAPPED step is aggregated."""
+
+MIN_CHUNK_TOKENS: Final = 16
+"""The least prefill of a CAPPED step, so that a prompt always progresses."""
+
+NUM_CHUNK_SIZES: Final = 64
+"""A cap is chosen to within this part of the prefill."""
 
 
 class Policy(Protocol):
@@ -100,3 +119,310 @@ class RandomPolicy:
             prefill_sms=self._num_sms - decode_sms,
             max_prefill_tokens=self._random.choice([None, cap]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLimits:
+    """What ForecastPolicy keeps to; DuetConfig has the same options, and checks them.
+
+    ``tbt_slo_ms`` bounds the time between tokens. ``decode_sms`` are the SM counts
+    that the decode lane may have; None: :func:`decode_sm_candidates`.
+    ``max_lookahead`` limits the plan's lookahead. ``split_for_throughput`` false
+    is the paper's trigger: a mixed step that keeps the bound stays as it is.
+    ``throughput_margin`` is how much faster than a simpler plan a plan has to be. It
+    pays for what the forecast leaves out, launch and join, and keeps near-ties
+    from alternating.
+    """
+
+    tbt_slo_ms: float = 100.0
+    decode_sms: tuple[int, ...] | None = None
+    max_lookahead: int = 8
+    split_for_throughput: bool = True
+    throughput_margin: float = 0.05
+
+
+def decode_sm_candidates(profile: GpuProfile, max_candidates: int = 5) -> tuple[int, ...]:
+    """SM counts for the decode lane, ascending; empty where the GPU is too small to split.
+
+    Decode is bound by bandwidth, which saturates early (design.md, "Roofline, in
+    short"). The least lane reaches a quarter of it: with less, every decode step
+    takes over four times as long. The largest reaches nine tenths, or has half of the
+    SMs: prefill pays for each SM in proportion, and decode gains little from more.
+    As step times go with 1/S, the counts between grow by a constant ratio.
+    """
+    step, bandwidth = profile.sm_granularity, profile.bandwidth_fractions()
+    quarter, most = (int(np.argmax(bandwidth >= share)) for share in (0.25, 0.9))
+    first = -(-max(profile.min_sms, quarter) // step)
+    last = max(first, -(-most // step))
+    last = min(last, profile.num_sms // 2 // step, (profile.num_sms - profile.min_sms) // step)
+    if first > last:
+        return ()
+    steps = np.geomspace(first, last, max_candidates).round().astype(int)
+    return tuple(step * n for n in sorted(set(steps.tolist())))
+
+
+def validate_decode_sms(profile: GpuProfile, decode_sms: Sequence[int]) -> tuple[int, ...]:
+    """``decode_sms`` ascending, each once.
+
+    Raises:
+        ValueError: a count that is no SM group of the GPU, or leaves none for prefill.
+    """
+    step = profile.sm_granularity
+    least = -(-profile.min_sms // step) * step
+    most = (profile.num_sms - profile.min_sms) // step * step
+    for sms in decode_sms:
+        if sms % step or not least <= sms <= most:
+            raise ValueError(
+                f"decode_sms must be multiples of {step} from {least} to {most}"
+                f" on {profile.name}, not {sms}."
+            )
+    return tuple(sorted(set(decode_sms)))
+
+
+def chunk_sizes(prefill_tokens: int) -> IntArray:
+    """Chunks of a prefill to choose from, in tokens, ascending: doubling from
+    MIN_CHUNK_TOKENS at first, then in equal steps, and last all of it."""
+    grain = -(-prefill_tokens // (NUM_CHUNK_SIZES * MIN_CHUNK_TOKENS)) * MIN_CHUNK_TOKENS
+    sizes = [MIN_CHUNK_TOKENS << n for n in range((grain // MIN_CHUNK_TOKENS - 1).bit_length())]
+    sizes += range(grain, prefill_tokens, grain)
+    sizes.append(prefill_tokens)
+    return np.array(sizes, dtype=np.int64)
+
+
+def speedup(
+    decode_steps: FloatArray | float,
+    decode_ms: float,
+    prefill_ms: FloatArray | float,
+    wall_ms: FloatArray,
+) -> FloatArray:
+    """How much faster plans do their work than vLLM's mixed batches would.
+
+    A plan completes ``decode_steps`` decode steps and some prefill within
+    ``wall_ms``. ``prefill_ms`` is what that prefill costs alone on all SMs, and
+    ``decode_ms`` what the decodes *add* to a mixed step, so AGGREGATED is 1.
+
+    Why not tokens per second: a decode token costs many times a prefill token, so
+    prefill would always win. Why not the time of a decode step alone: most of it
+    is reading the weights when decodes are few, which beside a prefill they get for
+    nothing, and splits would seem to pay where prompts dominate.
+    """
+    return (decode_steps * decode_ms + prefill_ms) / wall_ms
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Options:
+    """Plans of one kind to choose from, an entry each.
+
+    ``tbt_ms`` and ``prefill_ms`` are the roofline's; ``guarded_ms`` is the TBT to hold
+    against the bound. Within ``wall_ms`` a plan completes ``steps`` decode steps and
+    its prefill.
+    """
+
+    tbt_ms: FloatArray
+    prefill_ms: FloatArray
+    guarded_ms: FloatArray
+    wall_ms: FloatArray
+    steps: FloatArray
+    speedup: FloatArray
+
+    def best(self, bound_ms: float) -> tuple[int, float]:
+        """The fastest that keeps the bound, and its speedup: -inf where none does."""
+        rated = np.where(self.guarded_ms <= bound_ms, self.speedup, -np.inf)
+        index = int(rated.argmax())
+        return index, float(rated[index])
+
+    def plan(
+        self, index: int, mode: Mode, reason: str, num_decodes: int, prefill_tokens: int
+    ) -> DuetPlan:
+        tokens = float(self.steps[index]) * num_decodes + prefill_tokens
+        return DuetPlan(
+            mode,
+            reason,
+            tbt_ms=float(self.tbt_ms[index]),
+            prefill_ms=float(self.prefill_ms[index]),
+            tokens_per_s=1e3 * tokens / float(self.wall_ms[index]),
+        )
+
+
+class ForecastPolicy:
+    """The fastest plan, by forecast, of those that keep the bound on the TBT.
+
+    Source: DuetServe's Algorithm 1 (arXiv 2511.04791) and design.md, "Where it goes
+    beyond the paper". For every decode lane, k = ceil(prefill time / decode time)
+    decode steps run until the prefill joins. AGGREGATED and CAPPED at any chunk
+    compete with the splits by :func:`speedup`; of plans closer than the margin,
+    AGGREGATED goes before CAPPED before SPLIT.
+
+    A time is compared with the bound as forecast * factor * guard of the
+    ``correction``, and with other times as forecast * factor. In the plan it is the
+    forecast itself, since that is what ``StepTimeCorrection.observe`` wants.
+
+    When nothing keeps the bound, the smallest TBT in reach, plus the margin, takes
+    its place. That is mostly a small chunk: prompts progress slowly until decodes
+    have finished. The margin is there because a decode that breaks the bound by
+    itself gains nothing from a prefill that all but stands still.
+    """
+
+    def __init__(
+        self,
+        roofline: Roofline,
+        limits: PolicyLimits,
+        correction: StepTimeCorrection | None = None,
+    ) -> None:
+        """
+        Raises:
+            ValueError: ``limits.decode_sms`` do not suit the GPU.
+        """
+        profile = roofline.profile
+        if limits.decode_sms is None:
+            self.decode_sms = decode_sm_candidates(profile)
+        else:
+            self.decode_sms = validate_decode_sms(profile, limits.decode_sms)
+        self._lane_sms = np.array(self.decode_sms, dtype=np.int64)
+        self._num_sms = profile.num_sms
+        self._roofline = roofline
+        self._limits = limits
+        self._correction = correction
+        self._tokens_per_pair = _tokens_per_pair(roofline)
+
+    def decide(
+        self,
+        decode_context_lens: Sequence[int],
+        prefill_query_lens: Sequence[int],
+        prefill_context_lens: Sequence[int],
+        *,
+        can_split: bool,
+    ) -> DuetPlan:
+        limits = self._limits
+        bound_ms, must_beat = limits.tbt_slo_ms, 1 + limits.throughput_margin
+        num_decodes, prefill_tokens = len(decode_context_lens), sum(prefill_query_lens)
+        ones = np.ones(num_decodes, dtype=np.int64)
+        decode = self._roofline.summarize(Batch(ones, decode_context_lens))
+        sizes = chunk_sizes(prefill_tokens)
+        whole_twice = np.append(sizes, prefill_tokens)
+        chunks = self._chunks(prefill_query_lens, prefill_context_lens, whole_twice)
+
+        # The last mixed step is AGGREGATED, the others are CAPPED.
+        mixed, decode_ms, prefill_ms = self._mixed(decode, chunks)
+        if mixed.guarded_ms[-1] <= bound_ms and not limits.split_for_throughput:
+            return mixed.plan(-1, Mode.AGGREGATED, _KEEPS_BOUND, num_decodes, prefill_tokens)
+        splits = None
+        lowest_ms = float(mixed.guarded_ms.min())
+        if can_split and self.decode_sms:
+            prefill = _map(chunks, lambda values: float(values[-1]))
+            splits = self._splits(decode, prefill, decode_ms, prefill_ms)
+            lowest_ms = min(lowest_ms, float(splits.guarded_ms.min()))
+        reason = _KEEPS_BOUND
+        if lowest_ms > bound_ms:
+            bound_ms, reason = lowest_ms * must_beat, _OUT_OF_REACH
+
+        chunk, mixed_speedup = mixed.best(bound_ms)
+        if mixed.guarded_ms[-1] <= bound_ms and mixed_speedup <= must_beat * mixed.speedup[-1]:
+            chunk, mixed_speedup = sizes.size - 1, float(mixed.speedup[-1])
+        if splits is not None:
+            lane, split_speedup = splits.best(bound_ms)
+            if split_speedup > must_beat * mixed_speedup:
+                plan = splits.plan(lane, Mode.SPLIT, reason, num_decodes, prefill_tokens)
+                decode_sms = self.decode_sms[lane]
+                return replace(
+                    plan,
+                    decode_sms=decode_sms,
+                    prefill_sms=self._num_sms - decode_sms,
+                    lookahead=min(int(splits.steps[lane]), limits.max_lookahead),
+                )
+        if chunk == sizes.size - 1:
+            return mixed.plan(chunk, Mode.AGGREGATED, reason, num_decodes, prefill_tokens)
+        tokens = int(sizes[chunk])
+        plan = mixed.plan(chunk, Mode.CAPPED, reason, num_decodes, tokens)
+        return replace(plan, max_prefill_tokens=tokens)
+
+    def _chunks(
+        self, query_lens: Sequence[int], context_lens: Sequence[int], sizes: IntArray
+    ) -> BatchSummary:
+        """The first ``sizes`` tokens of the prefills, taken in order: fields are [sizes].
+
+        A prompt with one token left counts as prefill, as plan.is_decode has it.
+        """
+        if len(query_lens) == 1:
+            # Most steps have one prompt, which needs no table.
+            return self._roofline.prefill_chunk_summary(sizes, context_lens[0])
+        query = np.array(query_lens, dtype=np.int64)[:, None]
+        context = np.array(context_lens, dtype=np.int64)[:, None]
+        before = np.cumsum(query, axis=0) - query
+        taken = np.minimum(np.maximum(sizes - before, 0), query)
+        by_request = self._roofline.prefill_chunk_summary(taken, context)
+        return _map(by_request, lambda values: np.add.reduce(values, axis=0))
+
+    def _mixed(self, decode: BatchSummary, chunks: BatchSummary) -> tuple[_Options, float, float]:
+        """Mixed steps by chunk, and the prices for :func:`speedup`: what the decodes
+        add to the last step, and what its prefill costs alone, in ms.
+
+        ``chunks`` ends with the whole prefill twice: beside the decodes, and alone.
+        """
+        tokens, pairs = np.asarray(chunks.prefill_tokens), np.asarray(chunks.prefill_pairs)
+        beside = np.ones(tokens.size)
+        beside[-1] = 0.0
+        decodes = BatchSummary(
+            decode.num_sampled * beside,
+            decode.decode_tokens * beside,
+            decode.decode_kv_tokens * beside,
+            decode.decode_window_kv_tokens * beside,
+        )
+        factor, guard = self._correct(AGGREGATED_STEP)
+        forecast_ms = np.asarray(self._roofline.step_ms(decodes + chunks, self._num_sms))
+        mixed_ms = forecast_ms[:-1]
+        wall_ms = mixed_ms * factor
+        prefill_ms = float(forecast_ms[-1]) * factor
+        decode_ms = float(wall_ms[-1]) - prefill_ms
+        work = (tokens + self._tokens_per_pair * pairs)[:-1]
+        rated = speedup(1, decode_ms, prefill_ms / work[-1] * work, wall_ms)
+        steps = beside[:-1]
+        options = _Options(mixed_ms, mixed_ms, wall_ms * guard, wall_ms, steps, rated)
+        return options, decode_ms, prefill_ms
+
+    def _splits(
+        self, decode: BatchSummary, prefill: BatchSummary, decode_ms: float, prefill_ms: float
+    ) -> _Options:
+        """Splits by decode lane, at the prices of :meth:`_mixed`."""
+        forecasts = self._roofline.pair_ms(
+            decode, prefill, self._lane_sms, self._num_sms - self._lane_sms
+        )
+        step_ms, until_done_ms = map(np.asarray, forecasts)
+        factor, guard = self._correct(DECODE_LANE)
+        prefill_factor, _ = self._correct(PREFILL_LANE)
+        lane_ms = step_ms * factor
+        steps = np.ceil(until_done_ms * prefill_factor / lane_ms)
+        # The prefill joins at the end of the decode step in which it is done.
+        wall_ms = steps * lane_ms
+        rated = speedup(steps, decode_ms, prefill_ms, wall_ms)
+        return _Options(step_ms, until_done_ms, lane_ms * guard, wall_ms, steps, rated)
+
+    def _correct(self, kind: str) -> tuple[float, float]:
+        if self._correction is None:
+            return 1.0, 1.0
+        return self._correction.factor(kind), self._correction.guard(kind)
+
+
+_KEEPS_BOUND: Final = "the fastest that keeps the bound"
+_OUT_OF_REACH: Final = "nothing keeps the bound: close to the smallest TBT"
+
+_SUMMARY_FIELDS: Final = tuple(field.name for field in fields(BatchSummary))
+
+
+def _map(summary: BatchSummary, function: Callable[[FloatArray], Any]) -> BatchSummary:
+    """``function`` of every field that is an array."""
+    values = (getattr(summary, name) for name in _SUMMARY_FIELDS)
+    return BatchSummary(*(function(v) if isinstance(v, np.ndarray) else v for v in values))
+
+
+def _tokens_per_pair(roofline: Roofline) -> float:
+    """What one (query, key) pair of a long prefill costs on all SMs, in prefill tokens.
+
+    From the roofline's time of 8192 tokens with and without as many before them.
+    """
+    length = 8192
+    chunk = roofline.prefill_chunk_summary(length, np.array([0, length]))
+    first_ms, later_ms = np.asarray(roofline.step_ms(chunk, roofline.profile.num_sms)).tolist()
+    pair_ms = (later_ms - first_ms) / length**2
+    token_ms = first_ms / length - pair_ms * (length + 1) / 2
+    return float(max(0.0, pair_ms / max(token_ms, 1e-12)))

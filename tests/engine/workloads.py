@@ -40,7 +40,7 @@ def cache_filling(rng: random.Random) -> list[Arrival]:
     return [*decodes, Arrival("late", tokens(rng, 100), greedy, step=2)]
 
 
-def random_mix(seed: int, num_requests: int = 12, longest: int = 300) -> list[Arrival]:
+def random_mix(seed: int, num_requests: int = 9, longest: int = 300) -> list[Arrival]:
     """Mixed lengths, shared prefixes, stop tokens, one-token answers, seeds, logprobs,
     several choices a request, priorities, and aborts while waiting, decoding and in flight."""
     rng = random.Random(seed)
@@ -57,9 +57,9 @@ def random_mix(seed: int, num_requests: int = 12, longest: int = 300) -> list[Ar
         params = SamplingParams(
             temperature=temperature,
             seed=seed * 100 + i,
-            max_tokens=rng.choice([1, 6, 16, 40]),
+            max_tokens=rng.choice([1, 6, 12, 24]),
             stop_token_ids=tokens(rng, 8),
-            logprobs=rng.choice([None, None, 3]),
+            logprobs=rng.choice([None, None, None, 3]),
             # Triton's interpreter takes seconds over a long prompt's logprobs.
             prompt_logprobs=1 if len(prompt) < 40 else None,
             presence_penalty=rng.choice([0.0, 0.0, 0.7]),
@@ -67,7 +67,7 @@ def random_mix(seed: int, num_requests: int = 12, longest: int = 300) -> list[Ar
             ignore_eos=True,
             detokenize=False,
         )
-        step = rng.randint(0, 16)
+        step = rng.randint(0, 12)
         fate = rng.random()
         arrivals.append(
             Arrival(

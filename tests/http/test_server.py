@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real clients of a real server: what streams to them, and what happens when they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+POLL_TIMEOUT_S = 60
+VOCABULARY = range(3, 510)
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    max_tokens: int
+
+
+def make_request(rng: random.Random, prompt_tokens: int, max_tokens: int) -> Request:
+    return Request(rng.choices(VOCABULARY, k=prompt_tokens), max_tokens)
+
+
+def connect(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=300)
+
+
+async def stream(client: httpx.AsyncClient, request: Request) -> AsyncIterator[list[int]]:
+    """The token ids of each chunk, as it arrives."""
+    body = {
+        "model": "model",
+        "prompt": request.prompt,
+        "max_tokens": request.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                yield chunk["choices"][0]["token_ids"]
+        assert line == "" or line == "data: [DONE]"
+
+
+async def answer(client: httpx.AsyncClient, request: Request) -> list[int]:
+    return [token async for chunk in stream(client, request) for token in chunk]
+
+
+async def answers(client: httpx.AsyncClient, requests: list[Request]) -> list[list[int]]:
+    return await asyncio.gather(*(answer(client, request) for request in requests))
+
+
+async def num_requests(client: httpx.AsyncClient, state: str) -> int:
+    metrics = (await client.get("/metrics")).text
+    lines = metrics.splitlines()
+    return sum(
+        int(float(line.rsplit(" ", 1)[1]))
+        for line in lines
+        if line.startswith(f"vllm:num_requests_{state}{{")
+    )
+
+
+async def poll(condition: Callable[[], object]) -> None:
+    """Return once ``await condition()`` is true."""
+    async with asyncio.timeout(POLL_TIMEOUT_S):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+class Listener:
+    """Reads one stream in the background; ``arrivals`` notes who got each token, in order."""
+
+    def __init__(
+        self, client: httpx.AsyncClient, name: str, request: Request, arrivals: list[str]
+    ) -> None:
+        self.chunks: list[list[int]] = []
+        self.started = asyncio.Event()
+        self._name, self._arrivals = name, arrivals
+        self.task = asyncio.create_task(self._read(stream(client, request)))
+
+    async def _read(self, chunks: AsyncIterator[list[int]]) -> None:
+        async for chunk in chunks:
+            self.chunks.append(chunk)
+            self._arrivals += [self._name] * len(chunk)
+            self.started.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk]
+
+
+async def test_decodes_stream_while_prompts_are_in_flight(servers, hold_steps):
+    rng = random.Random(0)
+    decodes = [make_request(rng, 20 + i, 120) for i in range(3)]
+    long = make_request(rng, 900, 4)  # four chunks, each in flight for hold_steps
+    arrivals: list[str] = []
+    async with connect(servers["split"]) as duet, connect(servers["stock"]) as stock:
+        listeners = [
+            Listener(duet, f"decode-{i}", request, arrivals) for i, request in enumerate(decodes)
+        ]
+        for listener in listeners:
+            await listener.started.wait()
+        sent = len(arrivals)
+        listeners.append(Listener(duet, "long", long, arrivals))
+        await asyncio.gather(*(listener.task for listener in listeners))
+
+        in_flight = arrivals[sent : arrivals.index("long")]
+        for i in range(len(decodes)):
+            assert in_flight.count(f"decode-{i}") >= 4 * hold_steps
+        for listener, expected in zip(
+            listeners, await answers(stock, [*decodes, long]), strict=True
+        ):
+            assert len(listener.chunks) > 1
+            assert listener.tokens == expected
+
+
+async def test_a_client_that_leaves_mid_prefill_leaves_nothing_behind(servers):
+    rng = random.Random(1)
+    decodes = [make_request(rng, 20 + i, 120) for i in range(2)]
+    following = [make_request(rng, n, 8) for n in (700, 40, 300)]
+    arrivals: list[str] = []
+    async with connect(servers["split"]) as duet:
+
+        async def running(count: int) -> bool:
+            return await num_requests(duet, "running") == count
+
+        async def idle() -> bool:
+            return await running(0) and await num_requests(duet, "waiting") == 0
+
+        before = await answers(duet, [*following, *decodes])
+        listeners = [Listener(duet, "decode", request, arrivals) for request in decodes]
+        for listener in listeners:
+            await listener.started.wait()
+        leaver = Listener(duet, "leaver", make_request(rng, 900, 4), arrivals)
+        await poll(lambda: running(len(decodes) + 1))
+        leaver.task.cancel()
+        await asyncio.wait([leaver.task])
+        assert leaver.task.cancelled() and not leaver.chunks
+
+        await asyncio.gather(*(listener.task for listener in listeners))
+        await poll(idle)
+        assert (await duet.get("/health")).is_success
+        after = await answers(duet, following)
+        assert [*after, *(listener.tokens for listener in listeners)] == before
+        await poll(idle)
+
+
+@pytest.mark.parametrize("server", ["split", "random"])
+async def test_64_clients_at_once(servers, server):
+    rng = random.Random(2)
+    prefix = make_request(rng, 96, 0).prompt
+    requests = []
+    for _ in range(64):
+        request = make_request(rng, rng.choice([5, 20, 60, 130, 500]), rng.choice([1, 4, 12]))
+        shared = prefix if rng.random() < 0.3 else []
+        requests.append(Request(shared + request.prompt, request.max_tokens))
+    async with connect(servers["stock"]) as stock, connect(servers[server]) as duet:
+        expected, given = await asyncio.gather(answers(stock, requests), answers(duet, requests))
+    assert given == expected
+    assert [len(tokens) for tokens in given] == [request.max_tokens for request in requests]

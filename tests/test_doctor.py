@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+import pytest
+from typer.testing import CliRunner
+
+from vllm_duet import doctor
+from vllm_duet.cli import app
+from vllm_duet.doctor import Diagnosis, Gpu, Machine
+from vllm_duet.plan import Mode
+from vllm_duet.support import LIMITS, Limit
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+H100 = Machine(
+    vllm=("vllm", "0.32.0"),
+    vllm_problem=None,
+    torch="2.13.0",
+    cuda_bindings="13.0.0",
+    driver="580.95.05",
+    driver_cuda=(13, 0),
+    gpus=(Gpu("NVIDIA H100 80GB HBM3", 85_520_809_984, (9, 0), 132),),
+)
+
+
+@pytest.fixture(autouse=True)
+def _a_release_that_can_split(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "LIMITS", [x for x in LIMITS if x.about != "release"])
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_config(tmp_path, **LLAMA)
+
+
+def write_config(folder: Path, **config: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "200"})
+
+
+def test_every_mode_is_possible_on_an_h100(llama: Path):
+    diagnosis = Diagnosis.of(H100, llama)
+    assert diagnosis.can_split
+    assert diagnosis.profile is not None
+    assert diagnosis.profile.name == "h100-sxm"
+    assert diagnosis.obstacles == {mode: [] for mode in Mode}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gpus": (), "driver": None, "driver_cuda": None}, "There is no NVIDIA GPU"),
+        ({"driver_cuda": (12, 3)}, "580.95.05 is too old for green contexts.* CUDA 12.4"),
+        ({"cuda_bindings": None}, r"pip install 'vllm-duet\[cuda\]'"),
+        ({"torch": None}, "torch is not installed"),
+        ({"torch": "2.13.0+cpu"}, r"torch 2.13.0\+cpu is the CPU build"),
+    ],
+)
+def test_without_lanes_a_step_can_still_be_capped(llama: Path, change: dict[str, Any], said: str):
+    diagnosis = Diagnosis.of(replace(H100, **change), llama, gpu_profile="h100-sxm")
+    [obstacle] = diagnosis.obstacles[Mode.SPLIT]
+    assert re.search(said, obstacle)
+    assert not diagnosis.obstacles[Mode.CAPPED]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        (Gpu("NVIDIA RTX 1", 1, (9, 0), 10), "No profile is shipped for 'NVIDIA RTX 1'"),
+        (replace(H100.gpus[0], num_sms=114), "Profile h100-sxm is of 132 SMs; this GPU has 114."),
+    ],
+)
+def test_without_a_profile_every_step_is_aggregated(gpu: Gpu, said: str):
+    obstacles = Diagnosis.of(replace(H100, gpus=(gpu,))).obstacles
+    assert said in obstacles[Mode.SPLIT][0]
+    assert obstacles[Mode.CAPPED] == obstacles[Mode.SPLIT]
+    assert not obstacles[Mode.AGGREGATED]
+
+
+def test_an_unknown_architecture_cannot_be_forecast(tmp_path: Path):
+    model = write_config(tmp_path, **LLAMA | {"architectures": ["MambaForCausalLM"]})
+    [obstacle] = Diagnosis.of(H100, model).obstacles[Mode.SPLIT]
+    assert "MambaForCausalLM" in obstacle
+
+
+def test_what_a_release_lacks_is_said(monkeypatch: pytest.MonkeyPatch, llama: Path):
+    lacking = Limit("no lanes yet", "release", "SPLIT comes later.", lambda vllm, kv: True)
+    monkeypatch.setattr(doctor, "LIMITS", [lacking])
+    assert Diagnosis.of(H100, llama).obstacles[Mode.SPLIT] == ["No lanes yet: SPLIT comes later."]
+
+
+def test_an_unsupported_vllm_stops_every_mode():
+    obstacles = Diagnosis.of(replace(H100, vllm_problem="vLLM is too old.")).obstacles
+    assert all(found == ["vLLM is too old."] for found in obstacles.values())
+
+
+def test_the_command_says_yes(monkeypatch: pytest.MonkeyPatch, llama: Path):
+    monkeypatch.setattr(Machine, "inspect", lambda: H100)
+    result = run("--model", str(llama))
+    assert result.exit_code == 0
+    assert "NVIDIA H100 80GB HBM3, 80 GiB, 132 SMs, compute capability 9.0" in result.output
+    assert "LlamaForCausalLM, 30 layers, 0.3 GB of weights" in result.output
+    assert "SPLIT decodes one token a step" in result.output
+
+
+def test_the_command_says_why_not(monkeypatch: pytest.MonkeyPatch, llama: Path):
+    machine = replace(H100, cuda_bindings=None)
+    monkeypatch.setattr(Machine, "inspect", lambda: machine)
+    result = run("--model", str(llama))
+    assert result.exit_code == 1
+    assert "pip install 'vllm-duet[cuda]'" in result.output
+
+
+def test_the_command_speaks_json(monkeypatch: pytest.MonkeyPatch, llama: Path):
+    monkeypatch.setattr(Machine, "inspect", lambda: H100)
+    report = json.loads(run("--json", "--model", str(llama / "config.json")).output)
+    assert report["can_split"] is True
+    assert report["modes"]["split"] == []
+    assert report["gpus"][0]["num_sms"] == 132
+    assert report["model"]["architecture"] == "LlamaForCausalLM"
+
+
+def test_a_missing_model_is_an_error_of_use(tmp_path: Path):
+    assert run("--model", str(tmp_path / "nothing")).exit_code == 2
+    assert run("--model", str(tmp_path)).exit_code == 2
+
+
+def test_the_gpus_are_read_from_nvml(monkeypatch: pytest.MonkeyPatch):
+    answers = {
+        "nvmlInit": None,
+        "nvmlShutdown": None,
+        "nvmlSystemGetDriverVersion": "550.54.15",
+        "nvmlSystemGetCudaDriverVersion_v2": 12040,
+        "nvmlDeviceGetCount": 1,
+        "nvmlDeviceGetHandleByIndex": object(),
+        "nvmlDeviceGetName": "NVIDIA L40S",
+        "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=48 * 2**30),
+        "nvmlDeviceGetCudaComputeCapability": (8, 9),
+        "nvmlDeviceGetPciInfo": SimpleNamespace(busId="00000000:01:00.0"),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(doctor, "_num_sms", lambda pci_bus_id: 142)
+    machine = Machine.inspect()
+    assert machine.driver_cuda == (12, 4)
+    assert machine.gpus == (Gpu("NVIDIA L40S", 48 * 2**30, (8, 9), 142),)

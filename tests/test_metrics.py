@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import prometheus_client
+import pytest
+from vllm.config import DeviceConfig, VllmConfig
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics import loggers
+from vllm.v1.metrics.loggers import (
+    AggregatedLoggingStatLogger,
+    LoggingStatLogger,
+    PrometheusStatLogger,
+    StatLoggerManager,
+)
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from vllm_duet import metrics, plugin
+from vllm_duet.metrics import PREFIX, DuetCounters, DuetStatLogger
+from vllm_duet.plan import Mode
+
+
+@pytest.fixture(autouse=True)
+def _clean_registry() -> Iterator[None]:
+    yield
+    metrics.unregister()
+    unregister_vllm_metrics()
+
+
+@pytest.fixture
+def stock_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM as it is without the plugin, whatever ran in this process before."""
+    init = StatLoggerManager.__init__
+    monkeypatch.setattr(StatLoggerManager, "__init__", getattr(init, "__wrapped__", init))
+
+
+def config(scheduler_cls: str | None = None) -> Any:
+    made = VllmConfig(device_config=DeviceConfig("cpu"))
+    made.scheduler_config.scheduler_cls = scheduler_cls
+    made.model_config = SimpleNamespace(
+        served_model_name="tiny", max_model_len=64, is_diffusion=False
+    )
+    return made
+
+
+def stats(**counts: int) -> SchedulerStats:
+    """Statistics as the API process gets them: encoded, sent and decoded."""
+    return crossed(entries(DuetCounters(split_possible=True), **counts))
+
+
+def entries(counters: DuetCounters, launched: int = 0, joined: int = 0, **steps: int) -> Any:
+    return counters.entries({mode: steps.get(mode, 0) for mode in Mode}, launched, joined)
+
+
+def crossed(entries: dict[str, int]) -> SchedulerStats:
+    made = SchedulerStats(num_running_reqs=3, num_kv_fetch_reqs_by_stage=entries)
+    sent = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=made))
+    received = MsgpackDecoder(EngineCoreOutputs).decode(sent)
+    return received.scheduler_stats
+
+
+def series(name: str, **labels: str) -> float | None:
+    labels = {"model_name": "tiny", "engine": "0"} | labels
+    return prometheus_client.REGISTRY.get_sample_value(PREFIX + name, labels)
+
+
+def test_an_entry_is_what_a_total_grew_by():
+    counters = DuetCounters(split_possible=False)
+    assert entries(counters, launched=1, split=2) == {
+        "vllm_duet:steps:split": 2,
+        "vllm_duet:prefills_launched": 1,
+        "vllm_duet:split_possible": 0,
+    }
+    assert entries(counters, launched=1, joined=1, split=5) == {
+        "vllm_duet:steps:split": 3,
+        "vllm_duet:prefills_joined": 1,
+        "vllm_duet:split_possible": 0,
+    }
+    assert entries(counters, launched=1, joined=1, split=5) == {"vllm_duet:split_possible": 0}
+
+
+def test_totals_become_series():
+    logger = DuetStatLogger(config())
+    assert series("steps_total", mode="split") == 0
+    counters = DuetCounters(split_possible=True)
+    for step in range(1, 4):
+        sent = entries(counters, launched=step, joined=step - 1, split=2 * step, aggregated=step)
+        logger.record(crossed(sent), None)
+    logger.record(None, None)
+    assert series("steps_total", mode="split") == 6
+    assert series("steps_total", mode="aggregated") == 3
+    assert series("steps_total", mode="capped") == 0
+    assert series("prefills_launched_total") == 3
+    assert series("prefills_joined_total") == 2
+    assert series("split_possible") == 1
+
+
+def test_the_names_are_those_of_the_documentation():
+    DuetStatLogger(config())
+    text = prometheus_client.generate_latest().decode()
+    assert 'vllm_duet:steps_total{engine="0",mode="capped",model_name="tiny"} 0.0' in text
+
+
+def test_each_engine_has_its_own_series():
+    logger = DuetStatLogger(config(), [0, 1])
+    logger.record(stats(launched=4), None, engine_idx=1)
+    assert series("prefills_launched_total") == 0
+    assert series("prefills_launched_total", engine="1") == 4
+
+
+def test_a_second_engine_in_the_process_starts_anew():
+    DuetStatLogger(config()).record(stats(launched=1), None)
+    DuetStatLogger(config())
+    assert series("prefills_launched_total") == 0
+
+
+def test_a_crossing_keeps_every_entry():
+    made = stats(joined=5)
+    assert made.num_running_reqs == 3
+    assert made.num_kv_fetch_reqs_by_stage == {
+        "vllm_duet:prefills_joined": 5,
+        "vllm_duet:split_possible": 1,
+    }
+
+
+@pytest.mark.parametrize("logger", [LoggingStatLogger, AggregatedLoggingStatLogger])
+def test_vllms_log_line_takes_leftover_entries(logger: Any, caplog_vllm: Any):
+    """As when DuetStatLogger was left out: a clause too many, and no error."""
+    made = logger(config(), [0] if logger is AggregatedLoggingStatLogger else 0)
+    made.record(stats(joined=5), None)
+    made.log()
+    assert "Running: 3 reqs" in caplog_vllm.text
+
+
+def test_vllms_series_take_leftover_entries():
+    made = PrometheusStatLogger(config(), [0])
+    made.record(stats(joined=5), None)
+    text = prometheus_client.generate_latest().decode()
+    assert 'vllm:num_requests_running{engine="0",model_name="tiny"} 3.0' in text
+    assert PREFIX not in text
+
+
+@pytest.fixture
+def caplog_vllm(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(loggers.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.DEBUG, logger=loggers.logger.name)
+    return caplog
+
+
+def test_duets_engine_gets_the_logger_first(stock_manager: None, caplog_vllm: Any):
+    plugin.add_stat_logger()
+    plugin.add_stat_logger()
+    manager = StatLoggerManager(config("vllm_duet.DuetScheduler"))
+    assert [type(logger) for logger in manager.stat_loggers].count(DuetStatLogger) == 1
+    assert isinstance(manager.stat_loggers[0], DuetStatLogger)
+    manager.record(stats(launched=2, joined=1), None)
+    manager.log()
+    assert series("prefills_launched_total") == 2
+    assert "Running: 3 reqs" in caplog_vllm.text
+    assert "KV fetch" not in caplog_vllm.text
+
+
+def test_another_scheduler_gets_vllms_loggers_alone(stock_manager: None):
+    plugin.add_stat_logger()
+    manager = StatLoggerManager(config())
+    assert not any(isinstance(logger, DuetStatLogger) for logger in manager.stat_loggers)
+    assert PREFIX not in prometheus_client.generate_latest().decode()
+
+
+def test_loggers_of_the_user_stay(stock_manager: None):
+    plugin.add_stat_logger()
+    for arguments in ({"custom_stat_loggers": [LoggingStatLogger]}, {}):
+        manager = StatLoggerManager(
+            config("vllm_duet.DuetScheduler"), [0, 1], enable_default_loggers=False, **arguments
+        )
+        assert isinstance(manager.stat_loggers[0], DuetStatLogger)
+        assert len(manager.stat_loggers) == 2 + len(arguments)

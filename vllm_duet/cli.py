@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``vllm-duet``. Each command's work is in a module of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_duet.doctor import Diagnosis, Machine
+from vllm_duet.support import LIMITS
+from vllm_duet.version import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+def main() -> None:
+    """The entry point of ``vllm-duet`` and of ``python -m vllm_duet``."""
+    app(prog_name="vllm-duet")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def vllm_duet(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Prefill and decode side by side on one GPU, as a vLLM plugin."""
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="The model's config.json, or the folder that holds it."),
+    ] = None,
+    gpu_profile: Annotated[
+        str | None, typer.Option(help="A GPU profile's name or YAML file, instead of this GPU's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say which modes are possible on this machine, for this model, and why not.
+
+    Exit code: 0 when steps can be split, 1 when they cannot (vLLM then serves as
+    without vllm-duet, or with capped prefills), 2 when the command is wrong.
+    """
+    try:
+        diagnosis = Diagnosis.of(Machine.inspect(), model, gpu_profile)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from None
+    if as_json:
+        typer.echo(json.dumps(_as_json(diagnosis), indent=2))
+    else:
+        _print(diagnosis, Console())
+    raise typer.Exit(0 if diagnosis.can_split else 1)
+
+
+def _as_json(diagnosis: Diagnosis) -> dict[str, Any]:
+    shape, profile = diagnosis.shape, diagnosis.profile
+    return {
+        "can_split": diagnosis.can_split,
+        "modes": {str(mode): found for mode, found in diagnosis.obstacles.items()},
+        "split_needs": {limit.feature: limit.sentence for limit in LIMITS},
+        "versions": diagnosis.machine.versions,
+        "gpus": [
+            {
+                "name": gpu.name,
+                "memory_bytes": gpu.memory_bytes,
+                "compute_capability": gpu.compute_capability,
+                "num_sms": gpu.num_sms,
+            }
+            for gpu in diagnosis.machine.gpus
+        ],
+        "gpu_profile": {"name": profile.name, "measured": profile.measured} if profile else None,
+        "model": {
+            "architecture": shape.architecture,
+            "num_layers": shape.num_layers,
+            "weight_bytes": shape.weight_bytes,
+            "kv_bytes_per_token": shape.kv_bytes_per_token,
+        }
+        if shape
+        else None,
+    }
+
+
+def _print(diagnosis: Diagnosis, console: Console) -> None:
+    machine, shape, profile = diagnosis.machine, diagnosis.shape, diagnosis.profile
+    facts = Table(box=None, show_header=False, padding=(0, 2))
+    facts.add_column(style="bold")
+    for name, version in machine.versions.items():
+        facts.add_row(name, version or "[dim]none[/dim]")
+    for gpu in machine.gpus:
+        major, minor = gpu.compute_capability
+        sms = f", {gpu.num_sms} SMs" if gpu.num_sms else ""
+        facts.add_row(
+            "GPU",
+            f"{escape(gpu.name)}, {gpu.memory_bytes / 2**30:.0f} GiB{sms},"
+            f" compute capability {major}.{minor}",
+        )
+    if profile:
+        origin = "measured" if profile.measured else "from data sheets, not measured"
+        facts.add_row("GPU profile", f"{profile.name}, {profile.num_sms} SMs, {origin}")
+    if shape:
+        facts.add_row(
+            "Model",
+            f"{shape.architecture}, {shape.num_layers} layers,"
+            f" {shape.weight_bytes / 1e9:.1f} GB of weights,"
+            f" {shape.kv_bytes_per_token / 1e3:.0f} kB of KV cache a token",
+        )
+    console.print(facts)
+
+    modes = Table(title="\nWhat a step can be", title_justify="left", title_style="bold")
+    modes.add_column("Mode")
+    modes.add_column("Possible")
+    modes.add_column("Why not", overflow="fold")
+    for mode, obstacles in diagnosis.obstacles.items():
+        possible = "[red]no[/red]" if obstacles else "[green]yes[/green]"
+        modes.add_row(mode.upper(), possible, escape("\n".join(obstacles)))
+    console.print(modes)
+    console.print("\n[bold]What else keeps an engine from splitting[/bold]")
+    limits = Table.grid(padding=(0, 2))
+    for limit in LIMITS:
+        if limit.about != "release":
+            limits.add_row(limit.feature, f"[dim]{escape(limit.sentence)}[/dim]")
+    console.print(limits)
+    if shape is None and diagnosis.shape_problem is None:
+        console.print("\nGive a model with --model to check its architecture too.")

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``vllm-duet doctor`` finds out: which modes are possible here, and why not.
+
+Nothing here imports torch or vLLM: a machine where they are broken, or absent,
+is one the doctor must be able to look at.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pynvml
+
+from vllm_duet.plan import Mode
+from vllm_duet.roofline import GpuProfile, ModelShape, ProfileError
+from vllm_duet.support import LIMITS
+from vllm_duet.version import __version__, check_vllm_version, installed_vllm
+
+GREEN_CONTEXT_CUDA = (12, 4)
+"""The first CUDA version whose driver has green contexts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU as NVIDIA's management library, or the CUDA driver, describes it."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+    num_sms: int | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is installed here, and on what. A version is ``None`` where there is none."""
+
+    vllm: tuple[str, str] | None
+    vllm_problem: str | None
+    torch: str | None
+    cuda_bindings: str | None
+    driver: str | None
+    driver_cuda: tuple[int, int] | None
+    gpus: tuple[Gpu, ...]
+
+    @classmethod
+    def inspect(cls) -> Machine:
+        """Look at this machine."""
+        driver, driver_cuda, gpus = _nvidia()
+        return cls(
+            vllm=installed_vllm(),
+            vllm_problem=check_vllm_version(),
+            torch=_version("torch"),
+            cuda_bindings=_version("cuda-bindings"),
+            driver=driver,
+            driver_cuda=driver_cuda,
+            gpus=gpus,
+        )
+
+    @property
+    def versions(self) -> dict[str, str | None]:
+        """The versions to put into a bug report."""
+        return {
+            "Python": platform.python_version(),
+            "vllm-duet": __version__,
+            "vLLM": " ".join(self.vllm) if self.vllm else None,
+            "torch": self.torch,
+            "cuda-bindings": self.cuda_bindings,
+            "NVIDIA driver": self.driver,
+            "driver's CUDA": ".".join(map(str, self.driver_cuda)) if self.driver_cuda else None,
+        }
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The modes that ``machine`` can run, for a model's shape if one was given.
+
+    ``profile`` and ``shape`` are ``None`` where ``profile_problem`` and
+    ``shape_problem`` say why, or where none was asked for.
+    """
+
+    machine: Machine
+    profile: GpuProfile | None = None
+    profile_problem: str | None = None
+    shape: ModelShape | None = None
+    shape_problem: str | None = None
+
+    @classmethod
+    def of(
+        cls, machine: Machine, model: str | Path | None = None, gpu_profile: str | None = None
+    ) -> Diagnosis:
+        """Diagnose ``machine`` for the model whose config.json, or its folder, is given.
+
+        ``gpu_profile`` names a profile in place of the one the GPU is known by.
+
+        Raises:
+            OSError: there is no such config.
+        """
+        profile, profile_problem = _profile(machine, gpu_profile)
+        shape, shape_problem = _shape(model) if model else (None, None)
+        return cls(machine, profile, profile_problem, shape, shape_problem)
+
+    @cached_property
+    def obstacles(self) -> dict[Mode, list[str]]:
+        """For each mode what stands in its way; nothing, where it is possible."""
+        machine = self.machine
+        engine = [machine.vllm_problem] if machine.vllm_problem else []
+        forecast = [p for p in (self.profile_problem, self.shape_problem) if p]
+        return {
+            Mode.AGGREGATED: engine,
+            Mode.CAPPED: engine + forecast,
+            Mode.SPLIT: engine + forecast + _lane_obstacles(machine),
+        }
+
+    @property
+    def can_split(self) -> bool:
+        """Whether steps can be split on this machine, for this model."""
+        return not self.obstacles[Mode.SPLIT]
+
+
+def _lane_obstacles(machine: Machine) -> list[str]:
+    """What keeps this machine from running two lanes on one GPU."""
+    obstacles = [
+        f"{limit.feature[0].upper()}{limit.feature[1:]}: {limit.sentence}"
+        for limit in LIMITS
+        if limit.about == "release"
+    ]
+    if not machine.gpus:
+        obstacles.append("There is no NVIDIA GPU, or no driver for it.")
+    elif machine.driver_cuda is None or machine.driver_cuda < GREEN_CONTEXT_CUDA:
+        needed = ".".join(map(str, GREEN_CONTEXT_CUDA))
+        obstacles.append(
+            f"NVIDIA driver {machine.driver} is too old for green contexts,"
+            f" which came with CUDA {needed}."
+        )
+    if machine.cuda_bindings is None:
+        obstacles.append("cuda.bindings is not installed: pip install 'vllm-duet[cuda]'.")
+    if machine.torch is None:
+        obstacles.append("torch is not installed.")
+    elif machine.torch.endswith("+cpu"):
+        obstacles.append(f"torch {machine.torch} is the CPU build.")
+    return obstacles
+
+
+def _profile(machine: Machine, name: str | None) -> tuple[GpuProfile | None, str | None]:
+    try:
+        if name is not None:
+            return GpuProfile.load(name), None
+        if not machine.gpus:
+            return None, "No GPU to forecast for: there is no profile to take its speed from."
+        profile = GpuProfile.detect(machine.gpus[0].name)
+    except ProfileError as error:
+        return None, f"The GPU profile cannot be used: {error}."
+    if profile is None:
+        return None, (
+            f"No profile is shipped for {machine.gpus[0].name!r}: name one with the option"
+            f" gpu_profile ({', '.join(GpuProfile.names())}, or a YAML file)."
+        )
+    num_sms = machine.gpus[0].num_sms
+    if num_sms is not None and num_sms != profile.num_sms:
+        return None, f"Profile {profile.name} is of {profile.num_sms} SMs; this GPU has {num_sms}."
+    return profile, None
+
+
+def _shape(model: str | Path) -> tuple[ModelShape | None, str | None]:
+    try:
+        return ModelShape.from_hf_config(model), None
+    except ValueError as error:
+        return None, f"The model's steps cannot be forecast: {error}."
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _nvidia() -> tuple[str | None, tuple[int, int] | None, tuple[Gpu, ...]]:
+    """Driver version, the newest CUDA version it runs, and the GPUs."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None, None, ()
+    try:
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()  # 12040 is 12.4
+        count = pynvml.nvmlDeviceGetCount()
+        gpus = tuple(_gpu(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count))
+    finally:
+        pynvml.nvmlShutdown()
+    return driver, (cuda // 1000, cuda % 1000 // 10), gpus
+
+
+def _gpu(handle: Any) -> Gpu:
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(
+        name=str(pynvml.nvmlDeviceGetName(handle)),
+        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        compute_capability=(major, minor),
+        num_sms=_num_sms(pynvml.nvmlDeviceGetPciInfo(handle).busId),
+    )
+
+
+def _num_sms(pci_bus_id: str) -> int | None:
+    """The GPU's SM count, which only the CUDA driver tells; ``None`` without cuda.bindings."""
+    try:
+        from cuda.bindings import driver
+
+        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        driver.cuInit(0)
+        error, device = driver.cuDeviceGetByPCIBusId(pci_bus_id.encode())
+        if error:
+            return None  # as when CUDA_VISIBLE_DEVICES hides it
+        error, count = driver.cuDeviceGetAttribute(attribute, device)
+        return None if error else int(count)
+    except (ImportError, RuntimeError):
+        return None

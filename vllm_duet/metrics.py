@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm-duet's Prometheus series, beside vLLM's own on ``/metrics``.
+
+The scheduler counts in the engine core; ``/metrics`` is in the API process. What
+crosses is vLLM's SchedulerStats, encoded field by field, so the counts travel in
+the one field that is a mapping of names to numbers,
+``num_kv_fetch_reqs_by_stage``, under keys that begin with ``PREFIX``.
+DuetStatLogger takes them out again before vLLM's own loggers see the stats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import REGISTRY, Counter, Gauge
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+from vllm_duet.plan import Mode
+
+PREFIX = "vllm_duet:"
+
+_STEPS = f"{PREFIX}steps"
+_STEPS_HELP = "Steps in which decodes and prefill competed, by how they were executed."
+_LAUNCHED = f"{PREFIX}prefills_launched"
+_JOINED = f"{PREFIX}prefills_joined"
+_SPLIT_POSSIBLE = f"{PREFIX}split_possible"
+
+
+class DuetCounters:
+    """Turns DuetScheduler's totals into entries for its next stats.
+
+    An entry is what a total grew by since the stats before: where several API
+    processes share an engine, each gets some of the stats, and the series they
+    expose are added up.
+    """
+
+    def __init__(self, split_possible: bool) -> None:
+        self._split_possible = int(split_possible)
+        self._sent: dict[str, int] = {}
+
+    def entries(
+        self, num_steps: Mapping[Mode, int], num_launches: int, num_joins: int
+    ) -> dict[str, int]:
+        """Entries for ``num_kv_fetch_reqs_by_stage``, from totals; must be sent."""
+        totals = {f"{_STEPS}:{mode}": steps for mode, steps in num_steps.items()}
+        totals |= {_LAUNCHED: num_launches, _JOINED: num_joins}
+        sent, self._sent = self._sent, totals
+        entries = {key: total - sent.get(key, 0) for key, total in totals.items()}
+        entries = {key: increment for key, increment in entries.items() if increment}
+        return entries | {_SPLIT_POSSIBLE: self._split_possible}
+
+
+class DuetStatLogger(AggregateStatLoggerBase):
+    """One for all engines of an API process: ``engine`` is a label of every series.
+
+    It must be asked before vLLM's loggers: they would take our entries for
+    requests that wait for a KV connector.
+    """
+
+    def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+        unregister()
+        model_name = vllm_config.model_config.served_model_name
+        engines = {index: (model_name, str(index)) for index in engine_indexes or [0]}
+        labels = ["model_name", "engine"]
+        steps = Counter(_STEPS, _STEPS_HELP, ["mode", *labels])
+        launched = Counter(_LAUNCHED, "Prefills launched beside decode steps.", labels)
+        joined = Counter(_JOINED, "Prefills joined after running beside decode steps.", labels)
+        possible = Gauge(
+            _SPLIT_POSSIBLE,
+            "1 if the engine can split steps, 0 if it only runs whole ones.",
+            labels,
+            multiprocess_mode="mostrecent",
+        )
+        # By the key they travel under; made here, so that each starts at 0.
+        self._counters = {
+            index: {
+                **{f"{_STEPS}:{mode}": steps.labels(mode, *values) for mode in Mode},
+                _LAUNCHED: launched.labels(*values),
+                _JOINED: joined.labels(*values),
+            }
+            for index, values in engines.items()
+        }
+        self._split_possible = {
+            index: possible.labels(*values) for index, values in engines.items()
+        }
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Add one step's counts to the series, and remove them from ``scheduler_stats``."""
+        if scheduler_stats is None:
+            return
+        entries = scheduler_stats.num_kv_fetch_reqs_by_stage
+        counters = self._counters[engine_idx]
+        for key in [key for key in entries if key.startswith(PREFIX)]:
+            value = entries.pop(key)
+            if key == _SPLIT_POSSIBLE:
+                self._split_possible[engine_idx].set(value)
+            else:
+                counters[key].inc(value)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say: the scheduler has said at start-up what it cannot split."""
+
+
+def unregister() -> None:
+    """Remove our series from Prometheus's registry, as vLLM does with its own for a new engine."""
+    for collector in list(REGISTRY._collector_to_names):
+        if str(getattr(collector, "_name", "")).startswith(PREFIX):
+            REGISTRY.unregister(collector)
