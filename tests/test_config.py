@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from vllm_duet.config import DuetConfig, DuetConfigError
@@ -48,6 +49,13 @@ def test_the_stronger_source_wins(yaml_file: Path):
 def test_the_section_names_the_file_before_the_environment_does(yaml_file: Path):
     assert load({"config_file": str(yaml_file)}, VLLM_DUET_CONFIG="nowhere.yaml").seed == 3
     assert load(VLLM_DUET_CONFIG=str(yaml_file)).seed == 3
+
+
+def test_the_example_names_every_option_at_its_default():
+    example = Path(__file__).parent.parent / "examples" / "duet.yaml"
+    options = yaml.safe_load(example.read_text())
+    assert options.keys() == DuetConfig.model_fields.keys()
+    assert load(VLLM_DUET_CONFIG=str(example)) == DuetConfig()
 
 
 def test_an_empty_file_sets_nothing(tmp_path: Path):

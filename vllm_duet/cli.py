@@ -89,6 +89,7 @@ def _as_json(diagnosis: Diagnosis) -> dict[str, Any]:
             "num_layers": shape.num_layers,
             "weight_bytes": shape.weight_bytes,
             "kv_bytes_per_token": shape.kv_bytes_per_token,
+            "kv_cache_tokens": diagnosis.kv_cache_tokens,
         }
         if shape
         else None,
@@ -119,6 +120,9 @@ def _print(diagnosis: Diagnosis, console: Console) -> None:
             f" {shape.weight_bytes / 1e9:.1f} GB of weights,"
             f" {shape.kv_bytes_per_token / 1e3:.0f} kB of KV cache a token",
         )
+        if (tokens := diagnosis.kv_cache_tokens) is not None:
+            room = f"yes, with KV cache for about {tokens:,} tokens" if tokens > 0 else "no"
+            facts.add_row("Fits the GPU", room)
     console.print(facts)
 
     modes = Table(title="\nWhat a step can be", title_justify="left", title_style="bold")

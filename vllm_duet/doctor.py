@@ -1,28 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``vllm-duet doctor`` finds out: which modes are possible here, and why not.
 
-Nothing here imports torch or vLLM: a machine where they are broken, or absent,
-is one the doctor must be able to look at.
+Nothing here imports torch or vLLM, and pynvml need not be there: a machine where
+they are broken, or absent, is one the doctor must be able to look at.
 """
 
 from __future__ import annotations
 
+import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import pynvml
-
 from vllm_duet.plan import Mode
-from vllm_duet.roofline import GpuProfile, ModelShape, ProfileError
-from vllm_duet.support import LIMITS
+from vllm_duet.roofline import (
+    GpuProfile,
+    ModelShape,
+    ProfileError,
+    UnsupportedArchitectureError,
+)
+from vllm_duet.support import LIMITS, Limit
 from vllm_duet.version import __version__, check_vllm_version, installed_vllm
 
 GREEN_CONTEXT_CUDA = (12, 4)
 """The first CUDA version whose driver has green contexts."""
+
+GPU_MEMORY_UTILIZATION = 0.92
+"""The part of the GPU's memory that vLLM takes, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +89,8 @@ class Diagnosis:
     """The modes that ``machine`` can run, for a model's shape if one was given.
 
     ``profile`` and ``shape`` are ``None`` where ``profile_problem`` and
-    ``shape_problem`` say why, or where none was asked for.
+    ``shape_problem`` say why, or where none was asked for. ``model_obstacles``
+    are what the model's config says against SPLIT, beyond its shape.
     """
 
     machine: Machine
@@ -88,6 +98,7 @@ class Diagnosis:
     profile_problem: str | None = None
     shape: ModelShape | None = None
     shape_problem: str | None = None
+    model_obstacles: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -101,19 +112,39 @@ class Diagnosis:
             OSError: there is no such config.
         """
         profile, profile_problem = _profile(machine, gpu_profile)
-        shape, shape_problem = _shape(model) if model else (None, None)
-        return cls(machine, profile, profile_problem, shape, shape_problem)
+        if model is None:
+            return cls(machine, profile, profile_problem)
+        shape, shape_problem, obstacles = _model(Path(model))
+        return cls(machine, profile, profile_problem, shape, shape_problem, obstacles)
+
+    @property
+    def kv_cache_tokens(self) -> int | None:
+        """Tokens whose KV fits beside the weights on the first GPU, or ``None`` if not known.
+
+        Negative where the weights alone are too large. Activations and CUDA graphs,
+        some GB, are left out.
+        """
+        if self.shape is None or not self.machine.gpus:
+            return None
+        room = GPU_MEMORY_UTILIZATION * self.machine.gpus[0].memory_bytes - self.shape.weight_bytes
+        return int(room // self.shape.kv_bytes_per_token)
 
     @cached_property
     def obstacles(self) -> dict[Mode, list[str]]:
         """For each mode what stands in its way; nothing, where it is possible."""
         machine = self.machine
         engine = [machine.vllm_problem] if machine.vllm_problem else []
+        if self.shape and self.kv_cache_tokens is not None and self.kv_cache_tokens <= 0:
+            engine.append(
+                f"The model does not fit: {self.shape.weight_bytes / 1e9:.1f} GB of weights, and"
+                f" vLLM takes {GPU_MEMORY_UTILIZATION:.0%} of the GPU's"
+                f" {machine.gpus[0].memory_bytes / 1e9:.1f} GB."
+            )
         forecast = [p for p in (self.profile_problem, self.shape_problem) if p]
         return {
             Mode.AGGREGATED: engine,
             Mode.CAPPED: engine + forecast,
-            Mode.SPLIT: engine + forecast + _lane_obstacles(machine),
+            Mode.SPLIT: engine + forecast + [*self.model_obstacles, *_lane_obstacles(machine)],
         }
 
     @property
@@ -124,11 +155,7 @@ class Diagnosis:
 
 def _lane_obstacles(machine: Machine) -> list[str]:
     """What keeps this machine from running two lanes on one GPU."""
-    obstacles = [
-        f"{limit.feature[0].upper()}{limit.feature[1:]}: {limit.sentence}"
-        for limit in LIMITS
-        if limit.about == "release"
-    ]
+    obstacles = [_obstacle(limit) for limit in LIMITS if limit.about == "release"]
     if not machine.gpus:
         obstacles.append("There is no NVIDIA GPU, or no driver for it.")
     elif machine.driver_cuda is None or machine.driver_cuda < GREEN_CONTEXT_CUDA:
@@ -166,11 +193,40 @@ def _profile(machine: Machine, name: str | None) -> tuple[GpuProfile | None, str
     return profile, None
 
 
-def _shape(model: str | Path) -> tuple[ModelShape | None, str | None]:
+def _model(path: Path) -> tuple[ModelShape | None, str | None, tuple[str, ...]]:
+    """The shape, or why there is none, and what else in the config stands against SPLIT."""
     try:
-        return ModelShape.from_hf_config(model), None
+        config = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+        if not isinstance(config, dict):
+            raise ValueError("its config is not a mapping")
+        obstacles = _model_obstacles(config)
+        return ModelShape.from_hf_config(config), None, obstacles
+    except UnsupportedArchitectureError as error:
+        return None, f"The model's steps cannot be forecast: {error}.", obstacles
     except ValueError as error:
-        return None, f"The model's steps cannot be forecast: {error}."
+        return None, f"The model's config cannot be used: {error}.", ()
+
+
+def _model_obstacles(config: Mapping[str, Any]) -> tuple[str, ...]:
+    # What a Hugging Face config shows of a ModelConfig. The rest (pooling, diffusion,
+    # state-space layers) goes with architectures that have no ModelShape.
+    model_config = SimpleNamespace(
+        supports_multimodal_inputs="vision_config" in config or "audio_config" in config,
+        uses_mrope="mrope_section" in (config.get("rope_scaling") or {}),
+        is_encoder_decoder=bool(config.get("is_encoder_decoder")),
+        runner_type="generate",
+        is_diffusion=False,
+    )
+    vllm_config = SimpleNamespace(model_config=model_config)
+    return tuple(
+        _obstacle(limit)
+        for limit in LIMITS
+        if limit.about == "model" and limit.applies(vllm_config, None)
+    )
+
+
+def _obstacle(limit: Limit) -> str:
+    return f"{limit.feature[0].upper()}{limit.feature[1:]}: {limit.sentence}"
 
 
 def _version(distribution: str) -> str | None:
@@ -183,6 +239,10 @@ def _version(distribution: str) -> str | None:
 def _nvidia() -> tuple[str | None, tuple[int, int] | None, tuple[Gpu, ...]]:
     """Driver version, the newest CUDA version it runs, and the GPUs."""
     try:
+        import pynvml
+    except ImportError:
+        return None, None, ()
+    try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None, None, ()
@@ -190,13 +250,14 @@ def _nvidia() -> tuple[str | None, tuple[int, int] | None, tuple[Gpu, ...]]:
         driver = str(pynvml.nvmlSystemGetDriverVersion())
         cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()  # 12040 is 12.4
         count = pynvml.nvmlDeviceGetCount()
-        gpus = tuple(_gpu(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count))
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+        gpus = tuple(_gpu(pynvml, handle) for handle in handles)
     finally:
         pynvml.nvmlShutdown()
     return driver, (cuda // 1000, cuda % 1000 // 10), gpus
 
 
-def _gpu(handle: Any) -> Gpu:
+def _gpu(pynvml: Any, handle: Any) -> Gpu:
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     return Gpu(
         name=str(pynvml.nvmlDeviceGetName(handle)),

@@ -26,7 +26,7 @@ def register() -> None:
     """Let ``--scheduler-cls vllm_duet.DuetScheduler`` alone bring all it needs."""
     from vllm.config import VllmConfig
 
-    if hasattr(VllmConfig.__post_init__, "__wrapped__"):
+    if hasattr(VllmConfig.__post_init__, "configures_duet"):
         return
     stock_post_init = VllmConfig.__post_init__
 
@@ -36,17 +36,24 @@ def register() -> None:
         if uses_duet(self):
             configure(self)
 
+    # Stays visible under the wrapper of another plugin, which copies attributes.
+    post_init.configures_duet = True  # type: ignore[attr-defined]
     VllmConfig.__post_init__ = post_init  # type: ignore[method-assign]
 
 
 def uses_duet(vllm_config: Any) -> bool:
     """Whether the configured scheduler is DuetScheduler or a subclass of it."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
     chosen = vllm_config.scheduler_config.scheduler_cls
-    if isinstance(chosen, type):
-        return any(
-            f"{base.__module__}.{base.__qualname__}" in SCHEDULER_NAMES for base in chosen.__mro__
-        )
-    return chosen in SCHEDULER_NAMES
+    if isinstance(chosen, str) and chosen not in SCHEDULER_NAMES:
+        if chosen.startswith("vllm."):
+            return False
+        # A subclass goes by a name of its own.
+        chosen = resolve_obj_by_qualname(chosen)
+    if not isinstance(chosen, type):
+        return chosen in SCHEDULER_NAMES
+    return any(f"{c.__module__}.{c.__qualname__}" in SCHEDULER_NAMES for c in chosen.__mro__)
 
 
 def configure(vllm_config: Any) -> None:
@@ -91,6 +98,5 @@ def add_stat_logger() -> None:
             custom_stat_loggers = [DuetStatLogger, *(custom_stat_loggers or [])]
         stock_init(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
 
-    # Stays visible under the wrapper of another plugin, which copies attributes.
     init.adds_duet_stat_logger = True  # type: ignore[attr-defined]
     StatLoggerManager.__init__ = init  # type: ignore[method-assign]

@@ -242,8 +242,10 @@ class DuetScheduler(AsyncScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         self._step_times.ended(scheduler_output)
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
         joined: JoinedPrefill | None = getattr(model_runner_output, "duet", None)
+        # Counted before the stock update, which makes this step's statistics.
+        self.num_joins += joined is not None
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
         if joined is not None:
             merge_outputs(outputs, self._join(joined))
         return outputs
@@ -253,7 +255,6 @@ class DuetScheduler(AsyncScheduler):
         assert prefill is not None and prefill.launch_id == joined.launch_id
         self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.launched_at)
         self.running = self.running + prefill.held
-        self.num_joins += 1
         finished = {request.request_id for request in prefill.finished}
         self._joining = True
         try:

@@ -209,7 +209,9 @@ def test_arrays_equal_one_by_one(name: str) -> None:
     ]
 
     along = roofline.step_ms(mixed, sms)
-    assert along == pytest.approx([roofline.step_ms(m, int(s)) for m, s in zip(each, sms)])
+    assert along == pytest.approx(
+        [roofline.step_ms(m, int(s)) for m, s in zip(each, sms, strict=True)]
+    )
     fixed = roofline.step_ms(mixed, SMS)
     assert fixed == pytest.approx([roofline.step_ms(m, SMS) for m in each])
     grid = roofline.step_ms(mixed, sms[:3, None])

@@ -249,10 +249,7 @@ class ModelShape:
         Sliding-window layers count in full: they too hold a token until it
         leaves the window. Latent attention caches the same on every rank.
         """
-        if self.latent:
-            elements = self.latent.cache_dim
-        else:
-            elements = 2 * self.local_kv_heads * self.head_dim
+        elements = self.latent.cache_dim if self.latent else 2 * self.local_kv_heads * self.head_dim
         return elements * self.num_layers * self.kv_element_bytes
 
     @property

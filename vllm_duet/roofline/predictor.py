@@ -189,8 +189,15 @@ class PairPrediction:
             slower = ms / alone.ms - 1 if alone.ms else 0.0
             lines.append(f"{name:<10}{alone.num_sms:>5}{alone.ms:>11.3f}{ms:>11.3f}{slower:>9.1%}")
         return "\n".join(
-            [*lines, "", "decode alone", self.decode.explain()]
-            + ["", "prefill alone", self.prefill.explain()]
+            [
+                *lines,
+                "",
+                "decode alone",
+                self.decode.explain(),
+                "",
+                "prefill alone",
+                self.prefill.explain(),
+            ]
         )
 
 

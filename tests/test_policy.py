@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ForecastPolicy against brute force over Roofline.predict and predict_pair."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+from subprocess import run
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from vllm_duet.plan import DuetPlan, Mode
+from vllm_duet.policy import (
+    MIN_CHUNK_TOKENS,
+    ForecastPolicy,
+    PolicyLimits,
+    _tokens_per_pair,
+    chunk_sizes,
+    decode_sm_candidates,
+    validate_decode_sms,
+)
+from vllm_duet.roofline import Batch, GpuProfile, ModelShape, Roofline, StepTimeCorrection
+
+QWEN3_8B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+MISTRAL_7B = QWEN3_8B | {
+    "architectures": ["MistralForCausalLM"],
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "sliding_window": 4096,
+}
+QWEN3_MOE = QWEN3_8B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+MODELS = {"qwen3-8b": QWEN3_8B, "mistral-7b": MISTRAL_7B, "qwen3-moe": QWEN3_MOE}
+
+
+@cache
+def roofline_of(model: str = "qwen3-8b", gpu: str = "h100-sxm") -> Roofline:
+    return Roofline(ModelShape.from_hf_config(MODELS[model]), GpuProfile.load(gpu))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch on a model and GPU."""
+
+    roofline: Roofline
+    decode_contexts: list[int]
+    queries: list[int]
+    contexts: list[int]
+
+    def decide(
+        self,
+        limits: PolicyLimits,
+        correction: StepTimeCorrection | None = None,
+        can_split: bool = True,
+    ) -> DuetPlan:
+        policy = ForecastPolicy(self.roofline, limits, correction)
+        return policy.decide(self.decode_contexts, self.queries, self.contexts, can_split=can_split)
+
+    @property
+    def num_sms(self) -> int:
+        return self.roofline.profile.num_sms
+
+    @property
+    def decode(self) -> Batch:
+        return Batch([1] * len(self.decode_contexts), self.decode_contexts)
+
+    @property
+    def prefill(self) -> Batch:
+        return Batch(self.queries, self.contexts)
+
+    def chunk(self, tokens: int | None) -> list[tuple[int, int]]:
+        """(query, context) of the first ``tokens`` tokens of the prefills."""
+        left = sum(self.queries) if tokens is None else tokens
+        chunk = []
+        for query, context in zip(self.queries, self.contexts, strict=True):
+            taken = min(query, left)
+            left -= taken
+            if taken:
+                chunk.append((taken, context))
+        return chunk
+
+    def mixed_ms(self, tokens: int | None = None) -> float:
+        chunk = self.chunk(tokens)
+        # The roofline would take a prompt cut to one token for a decode.
+        assume(all(query > 1 for query, _ in chunk))
+        batch = Batch(
+            [1] * len(self.decode_contexts) + [query for query, _ in chunk],
+            self.decode_contexts + [context for _, context in chunk],
+        )
+        return self.roofline.predict(batch, self.num_sms).ms
+
+    def pair_ms(self, decode_sms: int) -> tuple[float, float]:
+        pair = self.roofline.predict_pair(
+            self.decode, self.prefill, decode_sms, self.num_sms - decode_sms
+        )
+        return pair.decode_ms, pair.prefill_ms
+
+    def caps(self) -> list[int]:
+        total = sum(self.queries)
+        tried = {min(MIN_CHUNK_TOKENS, total), total // 3, total // 2, total - total // 9}
+        return sorted(cap for cap in tried if cap >= min(MIN_CHUNK_TOKENS, total))
+
+    def plans(self, lanes: tuple[int, ...], can_split: bool = True) -> Iterator[DuetPlan]:
+        """Every kind of plan, with its TBT by brute force."""
+        yield DuetPlan(Mode.AGGREGATED, "", tbt_ms=self.mixed_ms())
+        for cap in self.caps():
+            if all(query > 1 for query, _ in self.chunk(cap)):
+                yield DuetPlan(Mode.CAPPED, "", max_prefill_tokens=cap, tbt_ms=self.mixed_ms(cap))
+        for lane in lanes if can_split else ():
+            yield DuetPlan(Mode.SPLIT, "", decode_sms=lane, tbt_ms=self.pair_ms(lane)[0])
+
+    def tbt_ms(self, plan: DuetPlan) -> float:
+        if plan.mode is Mode.SPLIT:
+            return self.pair_ms(plan.decode_sms)[0]
+        return self.mixed_ms(plan.max_prefill_tokens)
+
+    def speedup(self, plan: DuetPlan) -> float:
+        """speedup() of a plan, by brute force."""
+        alone_ms = self.roofline.predict(self.prefill, self.num_sms).ms
+        decode_ms = self.mixed_ms() - alone_ms
+        if plan.mode is Mode.SPLIT:
+            step_ms, prefill_ms = self.pair_ms(plan.decode_sms)
+            steps = ceil(prefill_ms / step_ms)
+            return (steps * decode_ms + alone_ms) / (steps * step_ms)
+        share = self._work(plan.max_prefill_tokens) / self._work(None)
+        return (decode_ms + share * alone_ms) / self.mixed_ms(plan.max_prefill_tokens)
+
+    def _work(self, tokens: int | None) -> float:
+        pair = _tokens_per_pair(self.roofline)
+        return sum(q + pair * q * (c + (q + 1) / 2) for q, c in self.chunk(tokens))
+
+
+CASES = st.builds(
+    lambda model, gpu, decodes, prefills: Case(
+        roofline_of(model, gpu), decodes, [q for q, _ in prefills], [c for _, c in prefills]
+    ),
+    st.sampled_from(sorted(MODELS)),
+    st.sampled_from(GpuProfile.names()),
+    st.lists(st.integers(0, 20_000), min_size=1, max_size=80),
+    st.lists(st.tuples(st.integers(2, 8000), st.integers(0, 30_000)), min_size=1, max_size=4),
+)
+BOUNDS = st.one_of(st.floats(1, 60), st.floats(1, 1000))
+
+
+class FixedCorrection(StepTimeCorrection):
+    """The same factor and guard for every kind of step."""
+
+    def __init__(self, factor: float, guard: float = 1.0) -> None:
+        super().__init__()
+        self._factor, self._guard = factor, guard
+
+    def factor(self, kind: str) -> float:
+        return self._factor
+
+    def guard(self, kind: str) -> float:
+        return self._guard
+
+
+# Any batch
+
+
+@given(CASES, BOUNDS, st.booleans(), st.booleans(), st.floats(0, 0.2))
+def test_the_bound_is_kept_when_any_plan_keeps_it(
+    case: Case, bound_ms: float, can_split: bool, for_throughput: bool, margin: float
+) -> None:
+    lanes = decode_sm_candidates(case.roofline.profile)
+    best_ms = min(plan.tbt_ms for plan in case.plans(lanes, can_split))
+    limits = PolicyLimits(bound_ms, split_for_throughput=for_throughput, throughput_margin=margin)
+    plan = case.decide(limits, can_split=can_split)
+    allowed_ms = bound_ms if best_ms <= bound_ms else best_ms * (1 + margin)
+    assert case.tbt_ms(plan) <= allowed_ms * (1 + 1e-9)
+
+
+@given(CASES, BOUNDS, st.booleans())
+def test_a_plan_is_well_formed_and_carries_the_forecast(
+    case: Case, bound_ms: float, can_split: bool
+) -> None:
+    profile, total = case.roofline.profile, sum(case.queries)
+    plan = case.decide(PolicyLimits(bound_ms, max_lookahead=3), can_split=can_split)
+    assert plan.tokens_per_s > 0
+    assert plan.reason
+    if plan.mode is Mode.SPLIT:
+        assert can_split
+        assert plan.decode_sms % profile.sm_granularity == 0
+        assert min(plan.decode_sms, plan.prefill_sms) >= profile.min_sms
+        assert plan.decode_sms + plan.prefill_sms <= profile.num_sms
+        assert 1 <= plan.lookahead <= 3
+        assert plan.max_prefill_tokens is None
+        assert (plan.tbt_ms, plan.prefill_ms) == pytest.approx(case.pair_ms(plan.decode_sms))
+        return
+    assert (plan.decode_sms, plan.prefill_sms, plan.lookahead) == (0, 0, 0)
+    if plan.mode is Mode.CAPPED:
+        assert plan.max_prefill_tokens is not None
+        assert min(MIN_CHUNK_TOKENS, total - 1) <= plan.max_prefill_tokens < total
+    else:
+        assert plan.max_prefill_tokens is None
+    assert plan.tbt_ms == plan.prefill_ms == pytest.approx(case.tbt_ms(plan))
+
+
+@given(CASES, BOUNDS)
+def test_no_plan_that_keeps_the_bound_is_faster(case: Case, bound_ms: float) -> None:
+    margin = 0.05
+    lanes = decode_sm_candidates(case.roofline.profile)
+    chosen = case.decide(PolicyLimits(bound_ms, throughput_margin=margin))
+    keeping = [plan for plan in case.plans(lanes) if plan.tbt_ms <= bound_ms]
+    assume(keeping)
+    chosen_speedup = case.speedup(chosen)
+    simpler = {
+        Mode.AGGREGATED: {Mode.AGGREGATED},
+        Mode.CAPPED: {Mode.AGGREGATED},
+        Mode.SPLIT: {Mode.AGGREGATED, Mode.CAPPED},
+    }[chosen.mode]
+    for plan in keeping:
+        if plan.mode is Mode.CAPPED and chosen.mode is Mode.CAPPED:
+            # The policy does not try this very chunk, but one a little smaller.
+            continue
+        needed = case.speedup(plan) * (1 + margin if plan.mode in simpler else 1 / (1 + margin))
+        if plan.mode is chosen.mode is Mode.SPLIT:
+            needed = case.speedup(plan)
+        assert chosen_speedup >= needed * (1 - 1e-9)
+
+
+@given(CASES, BOUNDS, st.floats(1, 4))
+def test_a_looser_bound_never_hurts(case: Case, bound_ms: float, looser: float) -> None:
+    tight = case.decide(PolicyLimits(bound_ms, throughput_margin=0.0))
+    assume(case.tbt_ms(tight) <= bound_ms)
+    loose = case.decide(PolicyLimits(bound_ms * looser, throughput_margin=0.0))
+    assert case.tbt_ms(loose) <= bound_ms * looser * (1 + 1e-9)
+    assert case.speedup(loose) >= case.speedup(tight) * (1 - 1e-9)
+
+
+@given(CASES, BOUNDS, st.integers(1, 5000))
+def test_longer_contexts_never_make_a_mixed_step_fit(
+    case: Case, bound_ms: float, more: int
+) -> None:
+    limits = PolicyLimits(bound_ms, split_for_throughput=False, throughput_margin=0.0)
+    longer = replace(case, decode_contexts=[c + more for c in case.decode_contexts])
+    if longer.mixed_ms() <= bound_ms:
+        assert case.decide(limits).mode is Mode.AGGREGATED
+
+
+@given(CASES, BOUNDS)
+def test_without_splitting_for_throughput_a_step_that_fits_stays(
+    case: Case, bound_ms: float
+) -> None:
+    plan = case.decide(PolicyLimits(bound_ms, split_for_throughput=False))
+    if case.mixed_ms() <= bound_ms * (1 - 1e-9):
+        assert plan.mode is Mode.AGGREGATED
+
+
+@given(CASES, BOUNDS)
+def test_the_same_batch_gets_the_same_plan(case: Case, bound_ms: float) -> None:
+    policy = ForecastPolicy(case.roofline, PolicyLimits(bound_ms))
+    lens = (case.decode_contexts, case.queries, case.contexts)
+    assert policy.decide(*lens, can_split=True) == policy.decide(*lens, can_split=True)
+
+
+@given(CASES, BOUNDS)
+def test_a_gpu_twice_as_slow_is_a_bound_half_as_long(case: Case, bound_ms: float) -> None:
+    slow = case.decide(PolicyLimits(bound_ms), FixedCorrection(2.0))
+    half = case.decide(PolicyLimits(bound_ms / 2))
+    assert replace(slow, tokens_per_s=2 * slow.tokens_per_s) == half
+
+
+@given(CASES, BOUNDS)
+def test_the_guard_tightens_the_bound_and_nothing_else(case: Case, bound_ms: float) -> None:
+    guarded = case.decide(PolicyLimits(bound_ms), FixedCorrection(1.0, guard=2.0))
+    assert guarded == case.decide(PolicyLimits(bound_ms / 2))
+
+
+# One token left of a prompt
+
+
+def test_one_token_left_of_a_prompt_is_prefill() -> None:
+    roofline = roofline_of()
+    for queries, contexts in (([1], [500]), ([1, 1, 3000], [500, 0, 0])):
+        case = Case(roofline, [900] * 8, queries, contexts)
+        for bound_ms in (0.1, 10.0, 1000.0):
+            plan = case.decide(PolicyLimits(bound_ms))
+            assert plan.max_prefill_tokens is None or plan.max_prefill_tokens >= 1
+            assert plan.tbt_ms > 0
+
+
+# Qwen3-8B on an H100
+
+
+def test_a_long_prompt_that_breaks_the_bound_does_not_run_mixed() -> None:
+    budget, bound_ms = 8192, 50.0
+    case = Case(roofline_of(), [1000] * 64, [budget - 64], [0])
+    assert case.mixed_ms() > bound_ms
+    plan = case.decide(PolicyLimits(bound_ms))
+    assert plan.mode is not Mode.AGGREGATED
+    assert case.tbt_ms(plan) <= bound_ms
+    capped = case.decide(PolicyLimits(bound_ms), can_split=False)
+    assert capped.mode is Mode.CAPPED
+    assert capped.max_prefill_tokens is not None
+    # As large as the bound allows: half as much again would break it.
+    assert case.mixed_ms(capped.max_prefill_tokens * 3 // 2) > bound_ms
+
+
+def test_heavy_decode_splits_for_throughput_and_light_decode_does_not() -> None:
+    bound_ms = 1000.0
+    heavy = Case(roofline_of(), [4300] * 80, [8192 - 80], [0])
+    light = Case(roofline_of(), [2000] * 8, [8192 - 8], [0])
+    for case in (heavy, light):
+        assert case.mixed_ms() < bound_ms
+    assert heavy.decide(PolicyLimits(bound_ms)).mode is Mode.SPLIT
+    assert heavy.decide(PolicyLimits(bound_ms)).lookahead > 1
+    assert light.decide(PolicyLimits(bound_ms)).mode is Mode.AGGREGATED
+
+
+def test_a_split_has_to_beat_the_margin() -> None:
+    case = Case(roofline_of(), [4300] * 80, [8192 - 80], [0])
+    gain = case.speedup(case.decide(PolicyLimits(1000.0))) - 1
+    assert gain > 0.05
+    bolder, shyer = (PolicyLimits(1000.0, throughput_margin=gain + x) for x in (-0.01, 0.01))
+    assert case.decide(bolder).mode is Mode.SPLIT
+    assert case.decide(shyer).mode is Mode.AGGREGATED
+
+
+def test_a_bound_that_decode_breaks_by_itself_leaves_the_prefill_moving() -> None:
+    case = Case(roofline_of(), [4000] * 80, [4000], [0])
+    limits = PolicyLimits(1.0)
+    plan = case.decide(limits)
+    assert plan.mode is Mode.CAPPED
+    assert plan.max_prefill_tokens is not None
+    assert plan.max_prefill_tokens >= MIN_CHUNK_TOKENS
+    assert plan.tbt_ms <= (1 + limits.throughput_margin) * case.mixed_ms(MIN_CHUNK_TOKENS)
+
+
+def test_steps_slower_than_forecast_shrink_the_chunk() -> None:
+    case = Case(roofline_of(), [1000] * 64, [8000], [0])
+    correction = StepTimeCorrection()
+    caps = []
+    for _ in range(3):
+        plan = case.decide(PolicyLimits(50.0), correction, can_split=False)
+        assert plan.max_prefill_tokens is not None
+        caps.append(plan.max_prefill_tokens)
+        for _ in range(50):
+            correction.observe(plan.tbt_ms, 1.5 * plan.tbt_ms, "aggregated")
+    assert caps[1] < caps[0]
+    assert caps[1] == caps[2]
+
+
+# Decode lanes
+
+
+@pytest.mark.parametrize("name", GpuProfile.names())
+def test_candidates_suit_every_shipped_gpu(name: str) -> None:
+    profile = GpuProfile.load(name)
+    lanes = decode_sm_candidates(profile)
+    assert 2 <= len(lanes) <= 5
+    assert validate_decode_sms(profile, lanes) == lanes
+    assert lanes[-1] <= profile.num_sms // 2
+    assert profile.bandwidth_fractions()[lanes[0]] >= 0.25
+
+
+@given(
+    st.integers(1, 200), st.integers(1, 16), st.integers(1, 16), st.floats(1e9, 1e12),
+    st.integers(1, 8),
+)  # fmt: skip
+def test_candidates_suit_any_gpu(
+    num_sms: int, granularity: int, min_sms: int, sm_bytes_per_s: float, max_candidates: int
+) -> None:
+    profile = replace(
+        GpuProfile.load("h100-sxm"),
+        num_sms=num_sms,
+        sm_granularity=granularity,
+        min_sms=min_sms,
+        sm_bytes_per_s=sm_bytes_per_s,
+    )
+    lanes = decode_sm_candidates(profile, max_candidates)
+    assert len(lanes) <= max_candidates
+    assert validate_decode_sms(profile, lanes) == lanes
+
+
+def test_a_gpu_too_small_to_split_never_does() -> None:
+    profile = replace(GpuProfile.load("h100-sxm"), num_sms=12)
+    roofline = Roofline(ModelShape.from_hf_config(QWEN3_8B), profile)
+    assert decode_sm_candidates(profile) == ()
+    for bound_ms in (1.0, 1000.0, 100_000.0):
+        plan = Case(roofline, [500] * 8, [4000], [0]).decide(PolicyLimits(bound_ms))
+        assert plan.mode is not Mode.SPLIT
+
+
+@pytest.mark.parametrize("decode_sms", [(12,), (16, 20), (0,), (-8,), (128,), (136,)])
+def test_decode_sms_that_are_no_group_are_an_error(decode_sms: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="multiples of 8 from 8 to 120 on h100-sxm, not"):
+        ForecastPolicy(roofline_of(), PolicyLimits(decode_sms=decode_sms))
+
+
+def test_given_decode_sms_are_the_only_lanes() -> None:
+    policy = ForecastPolicy(roofline_of(), PolicyLimits(decode_sms=(48, 16, 48)))
+    assert policy.decode_sms == (16, 48)
+    plan = policy.decide([4300] * 80, [8192 - 80], [0], can_split=True)
+    assert plan.decode_sms in (16, 48)
+
+
+@given(st.integers(1, 100_000))
+def test_chunk_sizes_rise_to_the_whole_prefill_in_small_steps(tokens: int) -> None:
+    sizes = chunk_sizes(tokens).tolist()
+    assert sizes[0] == min(MIN_CHUNK_TOKENS, tokens)
+    assert sizes[-1] == tokens
+    for smaller, larger in pairwise(sizes):
+        assert 0 < larger - smaller <= max(tokens / 64 + MIN_CHUNK_TOKENS, smaller)
+
+
+def test_imports_neither_torch_nor_vllm() -> None:
+    code = "import sys, vllm_duet.policy; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    root = Path(__file__).parent.parent
+    assert run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_plan_holds_plain_numbers() -> None:
+    for bound_ms in (20.0, 50.0, 1000.0):
+        plan = Case(roofline_of(), [4300] * 80, [8000], [0]).decide(PolicyLimits(bound_ms))
+        assert {type(value) for value in astuple(plan)} <= {Mode, str, int, float, type(None)}
