@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from vllm_duet.config import DuetConfig, DuetConfigError
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def load(section: Any = None, **env: str) -> DuetConfig:
@@ -102,7 +105,7 @@ def test_the_environment_is_the_process_own_by_default(monkeypatch: pytest.Monke
         ({"decode_sms": [16, -8]}, r"decode_sms\[1\] .* should be greater than 0, not -8"),
         ({"max_lookahead": 0}, "max_lookahead .* should be greater than or equal to 1, not 0"),
         ({"throughput_margin": -0.1}, "throughput_margin .* greater than or equal to 0"),
-        ({"lane": "streams"}, "lane .* should be 'auto', 'green_context' or 'serial'"),
+        ({"serial_timing": "soon"}, "serial_timing .* should be 'early', 'late' or 'threaded'"),
         ({"tbt_slo": 50}, r"tbt_slo in .* \(did you mean tbt_slo_ms\?\); the options are"),
         ({"colour": "red"}, "Unknown vllm-duet option colour in .*; the options are .*, mode,"),
         ("split", "The duet section .* should be a mapping"),
@@ -148,3 +151,12 @@ def test_a_wrong_file_is_one_sentence(yaml_file: Path, content: str, said: str):
 def test_an_overruled_value_must_be_right_too():
     with pytest.raises(DuetConfigError, match="VLLM_DUET_SEED"):
         load({"seed": 1}, VLLM_DUET_SEED="one")
+
+
+def test_the_readme_lists_every_option_with_its_default():
+    rows = re.findall(r"^\| `(\w+)` \| (\S+)", README.read_text(), re.MULTILINE)
+    table = {name: default.strip("`") for name, default in rows}
+    assert list(table) == list(DuetConfig.model_fields)
+    for name, default in DuetConfig().model_dump().items():
+        if default is not None:
+            assert default == yaml.safe_load(table[name])

@@ -98,11 +98,6 @@ class DuetConfig(BaseModel):
     correction: bool = Field(
         True, description="Learn from measured steps by how much the forecast is off."
     )
-    lane: Literal["auto", "green_context", "serial"] = Field(
-        "auto",
-        description="What the two lanes are made of: CUDA green contexts, or serial, which runs "
-        "them one after the other; auto takes what the machine has.",
-    )
     serial_timing: Literal["early", "late", "threaded"] = Field(
         "late",
         description="When the serial lane runs a prefill: at its launch, at its join, or on a "
