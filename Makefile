@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# make test     everything that checks a change: ruff, mypy, pytest
+# make test     everything that checks a change: ruff, mypy, pytest (ARGS="-k name")
+# make check    the same without the tests that start an engine or a server
 # make demo     a real server on this machine's CPU, splitting steps
 # make lint     ruff and mypy alone
 # make format   let ruff rewrite what it can
@@ -17,9 +18,10 @@ MODEL  := $(VENV)/share/smollm2-135m-instruct
 .PHONY: test check demo lint format clean
 
 test: lint $(MODEL)
-	$(BIN)/pytest
+	$(BIN)/pytest $(ARGS)
 
-check: test
+check: lint
+	$(BIN)/pytest --ignore=tests/engine --ignore=tests/http $(ARGS)
 
 demo: $(READY) $(MODEL)
 	@$(BIN)/python examples/demo.py --port $(PORT)
@@ -34,7 +36,8 @@ format: $(READY)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info tests/triton_interpreter/build \
+	  tests/triton_interpreter/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The three that are uninstalled come with vLLM, as CUDA builds that do not load
 # beside torch's CPU build ("operator torchvision::nms does not exist"). vLLM
@@ -44,7 +47,7 @@ $(READY): setup.py requirements.txt tests/triton_interpreter/setup.py
 	  "vllm-duet needs Python 3.11, 3.12 or 3.13: try make PYTHON=python3.12")'
 	@echo "Building $(VENV); the first time takes some minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@touch $@
 

@@ -121,15 +121,19 @@ async def ask(url: str) -> Outcome:
         summaries: list[asyncio.Task[list[int]]] = []
         console.print(f"[bold]> {QUESTION}[/bold]")
         num_chunks = 0
-        async for chunk in stream_chat(client, QUESTION, ANSWER_TOKENS):
-            answer += chunk["token_ids"] or []
-            console.print(chunk["delta"].get("content") or "", end="", markup=False)
-            num_chunks += 1
-            if num_chunks == CHUNKS_BEFORE_DOCUMENTS:
-                console.print(f" [dim]({NUM_DOCUMENTS} long prompts arrive)[/dim]", end="")
-                summaries = [asyncio.create_task(tokens(client, d)) for d in documents]
-        console.print()
-        answers = [answer, *await asyncio.gather(*summaries)]
+        try:
+            async for chunk in stream_chat(client, QUESTION, ANSWER_TOKENS):
+                answer += chunk["token_ids"] or []
+                console.print(chunk["delta"].get("content") or "", end="", markup=False)
+                num_chunks += 1
+                if num_chunks == CHUNKS_BEFORE_DOCUMENTS:
+                    console.print(f" [dim]({NUM_DOCUMENTS} long prompts arrive)[/dim]", end="")
+                    summaries = [asyncio.create_task(tokens(client, d)) for d in documents]
+            console.print()
+            answers = [answer, *await asyncio.gather(*summaries)]
+        finally:
+            for summary in summaries:  # else Ctrl-C would close the client under them
+                summary.cancel()
         return Outcome(answers, steps_by_mode((await client.get("/metrics")).text))
 
 

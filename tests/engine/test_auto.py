@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mode=auto on the real engine: the forecast decides, and learns from measured steps."""
+
+from __future__ import annotations
+
+from engine.scenarios import run_both
+from engine.workloads import random_mix
+
+from vllm_duet.plan import Mode
+from vllm_duet.policy import AGGREGATED_STEP
+
+
+def test_tokens_equal_and_steps_are_learned_from(roomy):
+    # A forecast for an H100 is far too low on a CPU, and the correction finds out.
+    arrivals = random_mix(21, num_requests=22)
+    run_both(roomy, arrivals, "late", 2, mode="auto", gpu_profile="h100-sxm")
+    correction = roomy.core.scheduler._step_times.correction
+    assert correction.factor(AGGREGATED_STEP) > 2
+
+
+def test_a_tight_bound_takes_the_prefill_out_of_whole_steps(roomy):
+    options = dict(mode="auto", gpu_profile="h100-sxm", correction=False, tbt_slo_ms=0.395)
+    run_both(roomy, random_mix(22), "threaded", 2, **options)
+    steps = roomy.core.scheduler.num_steps
+    assert steps[Mode.CAPPED] + steps[Mode.SPLIT] > 0
+
+
+def test_without_a_profile_every_step_is_vllms(roomy):
+    run_both(roomy, random_mix(23), "late", 2, mode="auto")
+    assert not any(roomy.core.scheduler.num_steps.values())
