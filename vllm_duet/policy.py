@@ -249,9 +249,9 @@ class ForecastPolicy:
 
     Source: DuetServe's Algorithm 1 (arXiv 2511.04791) and design.md, "Where it goes
     beyond the paper". For every decode lane, k = ceil(prefill time / decode time)
-    decode steps run until the prefill joins. AGGREGATED and CAPPED at any chunk
-    compete with the splits by :func:`speedup`; of plans closer than the margin,
-    AGGREGATED goes before CAPPED before SPLIT.
+    decode steps run until the prefill joins. AGGREGATED, and where it breaks the bound
+    CAPPED at any chunk, compete with the splits by :func:`speedup`; of plans closer
+    than the margin, AGGREGATED goes before CAPPED before SPLIT.
 
     A time is compared with the bound as forecast * factor * guard of the
     ``correction``, and with other times as forecast * factor. In the plan it is the
@@ -298,30 +298,37 @@ class ForecastPolicy:
         num_decodes, prefill_tokens = len(decode_context_lens), sum(prefill_query_lens)
         ones = np.ones(num_decodes, dtype=np.int64)
         decode = self._roofline.summarize(Batch(ones, decode_context_lens))
-        sizes = chunk_sizes(prefill_tokens)
-        whole_twice = np.append(sizes, prefill_tokens)
-        chunks = self._chunks(prefill_query_lens, prefill_context_lens, whole_twice)
+        prefill = self._roofline.summarize(Batch(prefill_query_lens, prefill_context_lens))
+        lanes = self._lane_sms if can_split else _NO_LANES
+        mixed_ms, prefill_ms, step_ms, until_done_ms = self._roofline.plan_ms(
+            decode, prefill, lanes
+        )
+        factor, guard = self._correct(AGGREGATED_STEP)
+        whole_ms = mixed_ms * factor
+        prices = (whole_ms - prefill_ms * factor, prefill_ms * factor)
+        splits = self._splits(step_ms, until_done_ms, *prices)
 
-        # The last mixed step is AGGREGATED, the others are CAPPED.
-        mixed, decode_ms, prefill_ms = self._mixed(decode, chunks)
-        if mixed.guarded_ms[-1] <= bound_ms and not limits.split_for_throughput:
-            return mixed.plan(-1, Mode.AGGREGATED, _KEEPS_BOUND, num_decodes, prefill_tokens)
-        splits = None
-        lowest_ms = float(mixed.guarded_ms.min())
-        if can_split and self.decode_sms:
-            prefill = _map(chunks, lambda values: float(values[-1]))
-            splits = self._splits(decode, prefill, decode_ms, prefill_ms)
-            lowest_ms = min(lowest_ms, float(splits.guarded_ms.min()))
         reason = _KEEPS_BOUND
-        if lowest_ms > bound_ms:
-            bound_ms, reason = lowest_ms * must_beat, _OUT_OF_REACH
-
-        chunk, mixed_speedup = mixed.best(bound_ms)
-        if mixed.guarded_ms[-1] <= bound_ms and mixed_speedup <= must_beat * mixed.speedup[-1]:
-            chunk, mixed_speedup = sizes.size - 1, float(mixed.speedup[-1])
+        caps = None
+        if whole_ms * guard <= bound_ms:
+            # Nothing to cut for: AGGREGATED, unless a split is faster.
+            best_mixed, chunk = 1.0, -1
+            if not limits.split_for_throughput:
+                splits = None
+        else:
+            sizes = chunk_sizes(prefill_tokens)
+            caps = self._caps(decode, prefill_query_lens, prefill_context_lens, sizes, *prices)
+            lowest_ms = float(caps.guarded_ms.min())
+            if splits is not None:
+                lowest_ms = min(lowest_ms, float(splits.guarded_ms.min()))
+            if lowest_ms > bound_ms:
+                bound_ms, reason = lowest_ms * must_beat, _OUT_OF_REACH
+            chunk, best_mixed = caps.best(bound_ms)
+            if caps.guarded_ms[-1] <= bound_ms and best_mixed <= must_beat * caps.speedup[-1]:
+                chunk, best_mixed = sizes.size - 1, float(caps.speedup[-1])
         if splits is not None:
             lane, split_speedup = splits.best(bound_ms)
-            if split_speedup > must_beat * mixed_speedup:
+            if split_speedup > must_beat * best_mixed:
                 plan = splits.plan(lane, Mode.SPLIT, reason, num_decodes, prefill_tokens)
                 decode_sms = self.decode_sms[lane]
                 return replace(
@@ -330,10 +337,17 @@ class ForecastPolicy:
                     prefill_sms=self._num_sms - decode_sms,
                     lookahead=min(int(splits.steps[lane]), limits.max_lookahead),
                 )
-        if chunk == sizes.size - 1:
-            return mixed.plan(chunk, Mode.AGGREGATED, reason, num_decodes, prefill_tokens)
+        if caps is None or chunk == sizes.size - 1:
+            tokens_per_s = 1e3 * (num_decodes + prefill_tokens) / whole_ms
+            return DuetPlan(
+                Mode.AGGREGATED,
+                reason,
+                tbt_ms=mixed_ms,
+                prefill_ms=mixed_ms,
+                tokens_per_s=tokens_per_s,
+            )
         tokens = int(sizes[chunk])
-        plan = mixed.plan(chunk, Mode.CAPPED, reason, num_decodes, tokens)
+        plan = caps.plan(chunk, Mode.CAPPED, reason, num_decodes, tokens)
         return replace(plan, max_prefill_tokens=tokens)
 
     def _chunks(
@@ -353,41 +367,39 @@ class ForecastPolicy:
         by_request = self._roofline.prefill_chunk_summary(taken, context)
         return _map(by_request, lambda values: np.add.reduce(values, axis=0))
 
-    def _mixed(self, decode: BatchSummary, chunks: BatchSummary) -> tuple[_Options, float, float]:
-        """Mixed steps by chunk, and the prices for :func:`speedup`: what the decodes
-        add to the last step, and what its prefill costs alone, in ms.
+    def _caps(
+        self,
+        decode: BatchSummary,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        sizes: IntArray,
+        decode_ms: float,
+        prefill_ms: float,
+    ) -> _Options:
+        """Mixed steps with the first ``sizes`` tokens of the prefill; the last is whole.
 
-        ``chunks`` ends with the whole prefill twice: beside the decodes, and alone.
+        ``decode_ms`` and ``prefill_ms`` are the prices for :func:`speedup`: what the
+        decodes add to the whole step, and what its prefill costs alone.
         """
-        tokens, pairs = np.asarray(chunks.prefill_tokens), np.asarray(chunks.prefill_pairs)
-        beside = np.ones(tokens.size)
-        beside[-1] = 0.0
-        decodes = BatchSummary(
-            decode.num_sampled * beside,
-            decode.decode_tokens * beside,
-            decode.decode_kv_tokens * beside,
-            decode.decode_window_kv_tokens * beside,
-        )
+        chunks = self._chunks(query_lens, context_lens, sizes)
         factor, guard = self._correct(AGGREGATED_STEP)
-        forecast_ms = np.asarray(self._roofline.step_ms(decodes + chunks, self._num_sms))
-        mixed_ms = forecast_ms[:-1]
-        wall_ms = mixed_ms * factor
-        prefill_ms = float(forecast_ms[-1]) * factor
-        decode_ms = float(wall_ms[-1]) - prefill_ms
-        work = (tokens + self._tokens_per_pair * pairs)[:-1]
+        forecast_ms = np.asarray(self._roofline.step_ms(decode + chunks, self._num_sms))
+        wall_ms = forecast_ms * factor
+        work = np.asarray(chunks.prefill_tokens + self._tokens_per_pair * chunks.prefill_pairs)
         rated = speedup(1, decode_ms, prefill_ms / work[-1] * work, wall_ms)
-        steps = beside[:-1]
-        options = _Options(mixed_ms, mixed_ms, wall_ms * guard, wall_ms, steps, rated)
-        return options, decode_ms, prefill_ms
+        steps = np.ones(sizes.size)
+        return _Options(forecast_ms, forecast_ms, wall_ms * guard, wall_ms, steps, rated)
 
     def _splits(
-        self, decode: BatchSummary, prefill: BatchSummary, decode_ms: float, prefill_ms: float
-    ) -> _Options:
-        """Splits by decode lane, at the prices of :meth:`_mixed`."""
-        forecasts = self._roofline.pair_ms(
-            decode, prefill, self._lane_sms, self._num_sms - self._lane_sms
-        )
-        step_ms, until_done_ms = map(np.asarray, forecasts)
+        self,
+        step_ms: FloatArray,
+        until_done_ms: FloatArray,
+        decode_ms: float,
+        prefill_ms: float,
+    ) -> _Options | None:
+        """Splits by decode lane, at the prices of :meth:`_caps`; None where there are none."""
+        if not step_ms.size:
+            return None
         factor, guard = self._correct(DECODE_LANE)
         prefill_factor, _ = self._correct(PREFILL_LANE)
         lane_ms = step_ms * factor
@@ -402,6 +414,8 @@ class ForecastPolicy:
             return 1.0, 1.0
         return self._correction.factor(kind), self._correction.guard(kind)
 
+
+_NO_LANES: Final = np.empty(0, dtype=np.int64)
 
 _KEEPS_BOUND: Final = "the fastest that keeps the bound"
 _OUT_OF_REACH: Final = "nothing keeps the bound: close to the smallest TBT"

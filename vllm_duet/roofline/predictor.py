@@ -399,8 +399,38 @@ class Roofline:
         _fill(features[:, 1], prefill_values)
         sms = np.empty((2, *shape), dtype=np.int64)
         sms[0], sms[1] = first, second
-        alone = self._times(features, sms)
+        total = self._contended(self._times(features, sms))
+        return _shaped(total[0], shape), _shaped(total[1], shape)
 
+    def plan_ms(
+        self, decode: BatchSummary, prefill: BatchSummary, decode_sms: IntArray
+    ) -> tuple[float, float, FloatArray, FloatArray]:
+        """All the times a policy compares, in one pass, in ms.
+
+        Returns the mixed step on all SMs, the prefill alone on all SMs, and of the
+        splits with ``decode_sms`` [S] SMs for decode and the rest for prefill,
+        the times of both lanes [S], as :meth:`pair_ms` gives them. The summaries'
+        fields are numbers.
+
+        Raises:
+            ValueError: a group is not within 1..the GPU's SMs.
+        """
+        splits, all_sms = decode_sms.size, self.profile.num_sms
+        # One more pair of lanes than there are splits holds the two whole steps.
+        features = np.empty((len(FEATURES), 2, splits + 1))
+        features[:, 0].T[...] = self._feature_values(decode)
+        features[:, 1].T[...] = self._feature_values(prefill)
+        features[:, 0, splits] = self._feature_values(decode + prefill)
+        sms = np.full((2, splits + 1), all_sms, dtype=np.int64)
+        sms[0, :splits] = decode_sms
+        np.subtract(all_sms, decode_sms, out=sms[1, :splits])
+        alone = self._times(features, sms)
+        beside = self._contended(alone)
+        mixed_ms, prefill_ms = alone.total[splits], alone.total[-1]
+        return float(mixed_ms), float(prefill_ms), beside[0, :splits], beside[1, :splits]
+
+    def _contended(self, alone: _Times) -> FloatArray:
+        """Totals [2, N] of N pairs of steps side by side, from their times alone."""
         lanes = (self._count, 2, -1)
         bus, busy = alone.bus.reshape(lanes), alone.busy.reshape(lanes)
         total = alone.total.reshape(2, -1)
@@ -409,8 +439,8 @@ class Roofline:
         memory = alone.memory * np.maximum(demand, 1.0, out=demand).reshape(alone.memory.shape)
         delay = self._combined(alone.compute, memory)
         delay -= alone.busy
-        total = total + delay.sum(axis=0).reshape(2, -1)
-        return _shaped(total[0], shape), _shaped(total[1], shape)
+        contended: FloatArray = total + delay.sum(axis=0).reshape(2, -1)
+        return contended
 
     def predict(self, batch: Batch, num_sms: int) -> Prediction:
         """Time of one step alone on ``num_sms`` SMs, by operator.
