@@ -60,7 +60,7 @@ from vllm_duet.policy import (
 )
 from vllm_duet.roofline import GpuProfile, StepTimeCorrection
 from vllm_duet.step_times import StepTimes
-from vllm_duet.support import split_blockers
+from vllm_duet.support import deciding_blockers, split_blockers
 
 logger = init_logger(__name__)
 
@@ -170,7 +170,10 @@ class DuetScheduler(AsyncScheduler):
             context_lens,
             can_split=not self._blockers and not self.kv_holding_waiting,
         )
-        return plan, min(sum(query_lens), plan.max_prefill_tokens or budget + sum(query_lens))
+        prefill_tokens = sum(query_lens)
+        if plan.max_prefill_tokens is not None:
+            prefill_tokens = min(prefill_tokens, plan.max_prefill_tokens)
+        return plan, prefill_tokens
 
     @contextmanager
     def _prefill_tokens_capped(self, num_decodes: int, tokens: int | None) -> Iterator[None]:
@@ -317,6 +320,9 @@ def make_policy(
         ValueError: the GPU profile or the SM counts in ``config`` are wrong.
     """
     if config.mode == "aggregated":
+        return None
+    if blockers := deciding_blockers(vllm_config):
+        logger.info("vllm-duet leaves every step to vLLM: %s.", "; ".join(blockers))
         return None
     if config.mode != "auto":
         # A forced mode needs SM counts but no forecast.

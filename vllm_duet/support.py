@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SPLIT does not support yet. Such a step runs AGGREGATED or CAPPED.
+"""What SPLIT does not support yet, and where even a CAPPED step would do harm.
 
 One list, LIMITS, for the scheduler, which asks it about its own engine, and for
 ``vllm-duet doctor``, which prints it. The checks work on any object with the
@@ -172,3 +172,24 @@ LIMITS = (
 def split_blockers(vllm_config: Any, kv_cache_config: Any = None) -> list[str]:
     """Why steps of this engine cannot be split, a short clause each; empty if they can."""
     return [limit.feature for limit in LIMITS if limit.applies(vllm_config, kv_cache_config)]
+
+
+def deciding_blockers(vllm_config: Any) -> list[str]:
+    """Why every step of this engine is left to vLLM, a short clause each.
+
+    A cut token budget would never let some prompts start, or the forecast would be
+    of another batch than the one that runs.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    checks = {
+        "chunked prefill is off": not vllm_config.scheduler_config.enable_chunked_prefill,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        # An image that exceeds the cap would wait until nobody decodes.
+        "a multimodal model": model.supports_multimodal_inputs,
+        "an encoder-decoder model": model.is_encoder_decoder,
+        "a pooling model": model.runner_type == "pooling",
+        "a diffusion model": model.is_diffusion,
+    }
+    return [clause for clause, applies in checks.items() if applies]

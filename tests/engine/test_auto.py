@@ -8,6 +8,7 @@ from engine.workloads import random_mix
 
 from vllm_duet.plan import Mode
 from vllm_duet.policy import AGGREGATED_STEP
+from vllm_duet.scheduler import DuetScheduler
 
 
 def test_tokens_equal_and_steps_are_learned_from(roomy):
@@ -28,3 +29,13 @@ def test_a_tight_bound_takes_the_prefill_out_of_whole_steps(roomy):
 def test_without_a_profile_every_step_is_vllms(roomy):
     run_both(roomy, random_mix(23), "late", 2, mode="auto")
     assert not any(roomy.core.scheduler.num_steps.values())
+
+
+def test_no_step_is_decided_where_a_cap_would_stall_prompts(roomy):
+    roomy.vllm_config.additional_config = {"duet": {"mode": "capped"}}
+    assert roomy._new_scheduler(DuetScheduler)._policy is not None
+    roomy.vllm_config.scheduler_config.enable_chunked_prefill = False
+    try:
+        assert roomy._new_scheduler(DuetScheduler)._policy is None
+    finally:
+        roomy.vllm_config.scheduler_config.enable_chunked_prefill = True
