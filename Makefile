@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make test     everything that checks a change: ruff, mypy, pytest (ARGS="-k name")
-# make check    the same without the tests that start an engine or a server
+# make check    the same
+# make quick    the same without the engine and the server: about a minute
 # make demo     a real server on this machine's CPU, splitting steps
 # make lint     ruff and mypy alone
 # make format   let ruff rewrite what it can
@@ -15,12 +16,14 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODEL  := $(VENV)/share/smollm2-135m-instruct
 
-.PHONY: test check demo lint format clean
+.PHONY: test check quick demo lint format clean
 
 test: lint $(MODEL)
 	$(BIN)/pytest $(ARGS)
 
-check: lint
+check: test
+
+quick: lint
 	$(BIN)/pytest --ignore=tests/engine --ignore=tests/http $(ARGS)
 
 demo: $(READY) $(MODEL)
