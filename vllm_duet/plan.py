@@ -102,15 +102,16 @@ def directive_of(scheduler_output: Any) -> StepDirective | None:
     return getattr(scheduler_output, "duet", None)
 
 
-def is_decode(scheduler_output: Any, index: int) -> bool:
-    """Whether cached request ``index`` of a SchedulerOutput decodes in this step.
+def _decode_rows(scheduler_output: Any) -> list[int]:
+    """Which cached requests of a SchedulerOutput decode in this step.
 
     A request that has sampled nothing yet belongs to the prefill even when a
     single token of its prompt is left, as after a full prefix-cache hit.
     """
+    tokens = scheduler_output.num_scheduled_tokens
     cached = scheduler_output.scheduled_cached_reqs
-    tokens: int = scheduler_output.num_scheduled_tokens[cached.req_ids[index]]
-    return tokens == 1 and cached.num_output_tokens[index] > 0
+    sampled = zip(cached.req_ids, cached.num_output_tokens, strict=True)
+    return [i for i, (req_id, n) in enumerate(sampled) if n > 0 and tokens[req_id] == 1]
 
 
 def batch_of(scheduler_output: Any) -> tuple[list[int], list[int], list[int]]:
@@ -118,9 +119,10 @@ def batch_of(scheduler_output: Any) -> tuple[list[int], list[int], list[int]]:
     the prefills' query lengths [num_prefills] and context lengths [num_prefills]."""
     tokens = scheduler_output.num_scheduled_tokens
     cached = scheduler_output.scheduled_cached_reqs
+    decode_rows = set(_decode_rows(scheduler_output))
     decode_context_lens, query_lens, context_lens = [], [], []
     for i, req_id in enumerate(cached.req_ids):
-        if is_decode(scheduler_output, i):
+        if i in decode_rows:
             decode_context_lens.append(cached.num_computed_tokens[i])
         else:
             query_lens.append(tokens[req_id])
@@ -140,10 +142,10 @@ def split_output(scheduler_output: Any) -> tuple[Any, Any] | None:
 
     Returns ``None`` when one of the parts would be empty.
     """
+    tokens = scheduler_output.num_scheduled_tokens
     cached = scheduler_output.scheduled_cached_reqs
-    decode_rows = [i for i in range(len(cached.req_ids)) if is_decode(scheduler_output, i)]
-    num_prefills = len(scheduler_output.num_scheduled_tokens) - len(decode_rows)
-    if not decode_rows or not num_prefills:
+    decode_rows = _decode_rows(scheduler_output)
+    if not decode_rows or len(decode_rows) == len(tokens):
         return None
     in_decode = set(decode_rows)
     prefill_rows = [i for i in range(len(cached.req_ids)) if i not in in_decode]
@@ -190,6 +192,8 @@ def _select_tokens(scheduler_output: Any, req_ids: list[str]) -> dict[str, Any]:
 
 
 def _select_cached(cached: Any, rows: list[int]) -> Any:
+    if len(rows) == len(cached.req_ids):
+        return cached  # most often all of them decode
     ids = [cached.req_ids[i] for i in rows]
     return replace(
         cached,

@@ -10,9 +10,10 @@ wrapped too.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
-from vllm_duet.config import DuetConfig
+from vllm_duet.config import ENV_PREFIX, DuetConfig
 from vllm_duet.version import check_vllm_version
 
 WORKERS = {
@@ -24,6 +25,7 @@ SCHEDULER_NAMES = ("vllm_duet.DuetScheduler", "vllm_duet.scheduler.DuetScheduler
 
 def register() -> None:
     """Let ``--scheduler-cls vllm_duet.DuetScheduler`` alone bring all it needs."""
+    from vllm import envs
     from vllm.config import VllmConfig
 
     if hasattr(VllmConfig.__post_init__, "configures_duet"):
@@ -35,6 +37,11 @@ def register() -> None:
         stock_post_init(self, *args, **kwargs)
         if uses_duet(self):
             configure(self)
+
+    # vLLM warns of every VLLM_* variable it does not know.
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX):
+            envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
 
     # Stays visible under the wrapper of another plugin, which copies attributes.
     post_init.configures_duet = True  # type: ignore[attr-defined]

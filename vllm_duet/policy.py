@@ -296,8 +296,7 @@ class ForecastPolicy:
         limits = self._limits
         bound_ms, must_beat = limits.tbt_slo_ms, 1 + limits.throughput_margin
         num_decodes, prefill_tokens = len(decode_context_lens), sum(prefill_query_lens)
-        ones = np.ones(num_decodes, dtype=np.int64)
-        decode = self._roofline.summarize(Batch(ones, decode_context_lens))
+        decode = self._roofline.decode_summary(decode_context_lens)
         prefill = self._roofline.summarize(Batch(prefill_query_lens, prefill_context_lens))
         lanes = self._lane_sms if can_split else _NO_LANES
         mixed_ms, prefill_ms, step_ms, until_done_ms = self._roofline.plan_ms(

@@ -58,7 +58,7 @@ def cramped(tiny_model, async_scheduling):
         llm = make_llm(
             tiny_model,
             "vllm_duet.DuetScheduler",
-            num_gpu_blocks_override=24,
+            num_gpu_blocks_override=18,
             max_model_len=512,
             max_num_batched_tokens=128,
             scheduling_policy="priority",

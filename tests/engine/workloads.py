@@ -57,7 +57,7 @@ def random_mix(seed: int, num_requests: int = 9, longest: int = 300) -> list[Arr
         params = SamplingParams(
             temperature=temperature,
             seed=seed * 100 + i,
-            max_tokens=rng.choice([1, 6, 12, 24]),
+            max_tokens=rng.choice([1, 6, 16, 40]),
             stop_token_ids=tokens(rng, 8),
             logprobs=rng.choice([None, None, None, 3]),
             # Triton's interpreter takes seconds over a long prompt's logprobs.

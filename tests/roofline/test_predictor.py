@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import fields
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -370,3 +371,13 @@ def test_sms_out_of_range(num_sms: int) -> None:
 def test_groups_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="groups of 64 and 72 SMs do not fit h100-sxm's 132"):
         roofline_of("qwen3-8b").predict_pair(Batch([1], [0]), Batch([9], [0]), 64, 72)
+
+
+@pytest.mark.parametrize("config", [QWEN3_8B, GEMMA3_1B], ids=["full", "windowed"])
+def test_decode_summary_is_the_summary_of_decodes(config: dict[str, Any]) -> None:
+    roofline = Roofline(ModelShape.from_hf_config(config), GpuProfile.load("h100-sxm"))
+    contexts = [0, 5, 900, 4095, 20_000]
+    batch = Batch([1] * len(contexts), contexts)
+    ours, theirs = roofline.decode_summary(contexts), roofline.summarize(batch)
+    for field in fields(theirs):
+        assert getattr(ours, field.name) == getattr(theirs, field.name)

@@ -328,6 +328,16 @@ class Roofline:
             window_kv,
         )
 
+    def decode_summary(self, context_lens: Sequence[int]) -> BatchSummary:
+        """``summarize`` of one new token for each context length, without a Batch.
+
+        A scheduler asks for it at every step: sums of plain ints are faster than arrays.
+        """
+        count, window_kv = len(context_lens), 0
+        if self._window is not None:
+            window_kv = sum(min(c + 1, self._window) for c in context_lens)
+        return BatchSummary(count, count, sum(context_lens) + count, window_kv)
+
     def prefill_chunk_summary(
         self, chunk_tokens: IntOrArray, context_len: IntOrArray
     ) -> BatchSummary:
