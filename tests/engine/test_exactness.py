@@ -23,9 +23,9 @@ def test_random_plans_with_a_cramped_cache(cramped, seed):
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
-def test_always_split(cramped, timing):
-    run_both(cramped, random_mix(7, num_requests=5), timing, 6, mode="split")
-    assert cramped.core.scheduler.num_steps[Mode.AGGREGATED] == 0
+def test_always_split(roomy, timing):
+    run_both(roomy, random_mix(7, num_requests=5), timing, 6, mode="split")
+    assert not roomy.core.scheduler.num_steps[Mode.AGGREGATED]
 
 
 def test_the_mixes_reached_what_they_are_for():
