@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Protocol
+from dataclasses import dataclass, fields
+from math import ceil
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_duet.plan import DuetPlan, Mode
-from vllm_duet.roofline import Batch, BatchSummary, GpuProfile, Roofline, StepTimeCorrection
+from vllm_duet.roofline import BatchSummary, GpuProfile, Roofline, StepTimeCorrection
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -189,12 +191,10 @@ def chunk_sizes(prefill_tokens: int) -> IntArray:
     return np.array(sizes, dtype=np.int64)
 
 
-def speedup(
-    decode_steps: FloatArray | float,
-    decode_ms: float,
-    prefill_ms: FloatArray | float,
-    wall_ms: FloatArray,
-) -> FloatArray:
+Ms = TypeVar("Ms", float, FloatArray)
+
+
+def speedup(decode_steps: float, decode_ms: float, prefill_ms: Ms, wall_ms: Ms) -> Ms:
     """How much faster plans do their work than vLLM's mixed batches would.
 
     A plan completes ``decode_steps`` decode steps and some prefill within
@@ -209,20 +209,31 @@ def speedup(
     return (decode_steps * decode_ms + prefill_ms) / wall_ms
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Options:
-    """Plans of one kind to choose from, an entry each.
+class _Split(NamedTuple):
+    """A split by one decode lane. Plain floats: with at most five of them, loops are
+    faster than arrays, and this is on the scheduling path.
 
     ``tbt_ms`` and ``prefill_ms`` are the roofline's; ``guarded_ms`` is the TBT to hold
-    against the bound. Within ``wall_ms`` a plan completes ``steps`` decode steps and
-    its prefill.
+    against the bound. Within ``wall_ms`` it completes ``steps`` decode steps and the
+    prefill.
     """
 
+    decode_sms: int
+    tbt_ms: float
+    prefill_ms: float
+    guarded_ms: float
+    steps: int
+    wall_ms: float
+    speedup: float
+
+
+class _Caps(NamedTuple):
+    """Mixed steps with the first ``sizes`` tokens of the prefill, an entry each."""
+
+    sizes: IntArray
     tbt_ms: FloatArray
-    prefill_ms: FloatArray
     guarded_ms: FloatArray
     wall_ms: FloatArray
-    steps: FloatArray
     speedup: FloatArray
 
     def best(self, bound_ms: float) -> tuple[int, float]:
@@ -230,18 +241,6 @@ class _Options:
         rated = np.where(self.guarded_ms <= bound_ms, self.speedup, -np.inf)
         index = int(rated.argmax())
         return index, float(rated[index])
-
-    def plan(
-        self, index: int, mode: Mode, reason: str, num_decodes: int, prefill_tokens: int
-    ) -> DuetPlan:
-        tokens = float(self.steps[index]) * num_decodes + prefill_tokens
-        return DuetPlan(
-            mode,
-            reason,
-            tbt_ms=float(self.tbt_ms[index]),
-            prefill_ms=float(self.prefill_ms[index]),
-            tokens_per_s=1e3 * tokens / float(self.wall_ms[index]),
-        )
 
 
 class ForecastPolicy:
@@ -297,7 +296,7 @@ class ForecastPolicy:
         bound_ms, must_beat = limits.tbt_slo_ms, 1 + limits.throughput_margin
         num_decodes, prefill_tokens = len(decode_context_lens), sum(prefill_query_lens)
         decode = self._roofline.decode_summary(decode_context_lens)
-        prefill = self._roofline.summarize(Batch(prefill_query_lens, prefill_context_lens))
+        prefill = self._roofline.prefill_summary(prefill_query_lens, prefill_context_lens)
         lanes = self._lane_sms if can_split else _NO_LANES
         mixed_ms, prefill_ms, step_ms, until_done_ms = self._roofline.plan_ms(
             decode, prefill, lanes
@@ -308,46 +307,47 @@ class ForecastPolicy:
         splits = self._splits(step_ms, until_done_ms, *prices)
 
         reason = _KEEPS_BOUND
-        caps = None
+        chunk, best_mixed, caps = -1, 1.0, None
         if whole_ms * guard <= bound_ms:
             # Nothing to cut for: AGGREGATED, unless a split is faster.
-            best_mixed, chunk = 1.0, -1
             if not limits.split_for_throughput:
-                splits = None
+                splits = []
         else:
             sizes = chunk_sizes(prefill_tokens)
             caps = self._caps(decode, prefill_query_lens, prefill_context_lens, sizes, *prices)
-            lowest_ms = float(caps.guarded_ms.min())
-            if splits is not None:
-                lowest_ms = min(lowest_ms, float(splits.guarded_ms.min()))
+            lowest_ms = min([float(caps.guarded_ms.min()), *(s.guarded_ms for s in splits)])
             if lowest_ms > bound_ms:
                 bound_ms, reason = lowest_ms * must_beat, _OUT_OF_REACH
             chunk, best_mixed = caps.best(bound_ms)
             if caps.guarded_ms[-1] <= bound_ms and best_mixed <= must_beat * caps.speedup[-1]:
                 chunk, best_mixed = sizes.size - 1, float(caps.speedup[-1])
-        if splits is not None:
-            lane, split_speedup = splits.best(bound_ms)
-            if split_speedup > must_beat * best_mixed:
-                plan = splits.plan(lane, Mode.SPLIT, reason, num_decodes, prefill_tokens)
-                decode_sms = self.decode_sms[lane]
-                return replace(
-                    plan,
-                    decode_sms=decode_sms,
-                    prefill_sms=self._num_sms - decode_sms,
-                    lookahead=min(int(splits.steps[lane]), limits.max_lookahead),
-                )
-        if caps is None or chunk == sizes.size - 1:
-            tokens_per_s = 1e3 * (num_decodes + prefill_tokens) / whole_ms
+        keeping = [split for split in splits if split.guarded_ms <= bound_ms]
+        split = max(keeping, key=_speedup_of, default=None)
+        if split is not None and split.speedup > must_beat * best_mixed:
+            tokens = split.steps * num_decodes + prefill_tokens
             return DuetPlan(
-                Mode.AGGREGATED,
+                Mode.SPLIT,
                 reason,
-                tbt_ms=mixed_ms,
-                prefill_ms=mixed_ms,
-                tokens_per_s=tokens_per_s,
+                decode_sms=split.decode_sms,
+                prefill_sms=self._num_sms - split.decode_sms,
+                lookahead=min(split.steps, limits.max_lookahead),
+                tbt_ms=split.tbt_ms,
+                prefill_ms=split.prefill_ms,
+                tokens_per_s=1e3 * tokens / split.wall_ms,
             )
-        tokens = int(sizes[chunk])
-        plan = caps.plan(chunk, Mode.CAPPED, reason, num_decodes, tokens)
-        return replace(plan, max_prefill_tokens=tokens)
+        if caps is None or chunk == caps.sizes.size - 1:
+            tokens, cap, tbt_ms, wall_ms = prefill_tokens, None, mixed_ms, whole_ms
+        else:
+            tokens = cap = int(caps.sizes[chunk])
+            tbt_ms, wall_ms = float(caps.tbt_ms[chunk]), float(caps.wall_ms[chunk])
+        return DuetPlan(
+            Mode.AGGREGATED if cap is None else Mode.CAPPED,
+            reason,
+            max_prefill_tokens=cap,
+            tbt_ms=tbt_ms,
+            prefill_ms=tbt_ms,
+            tokens_per_s=1e3 * (num_decodes + tokens) / wall_ms,
+        )
 
     def _chunks(
         self, query_lens: Sequence[int], context_lens: Sequence[int], sizes: IntArray
@@ -374,7 +374,7 @@ class ForecastPolicy:
         sizes: IntArray,
         decode_ms: float,
         prefill_ms: float,
-    ) -> _Options:
+    ) -> _Caps:
         """Mixed steps with the first ``sizes`` tokens of the prefill; the last is whole.
 
         ``decode_ms`` and ``prefill_ms`` are the prices for :func:`speedup`: what the
@@ -386,33 +386,34 @@ class ForecastPolicy:
         wall_ms = forecast_ms * factor
         work = np.asarray(chunks.prefill_tokens + self._tokens_per_pair * chunks.prefill_pairs)
         rated = speedup(1, decode_ms, prefill_ms / work[-1] * work, wall_ms)
-        steps = np.ones(sizes.size)
-        return _Options(forecast_ms, forecast_ms, wall_ms * guard, wall_ms, steps, rated)
+        return _Caps(sizes, forecast_ms, wall_ms * guard, wall_ms, rated)
 
     def _splits(
-        self,
-        step_ms: FloatArray,
-        until_done_ms: FloatArray,
-        decode_ms: float,
-        prefill_ms: float,
-    ) -> _Options | None:
-        """Splits by decode lane, at the prices of :meth:`_caps`; None where there are none."""
-        if not step_ms.size:
-            return None
+        self, step_ms: FloatArray, until_done_ms: FloatArray, decode_ms: float, prefill_ms: float
+    ) -> list[_Split]:
+        """Splits by decode lane, at the prices of :meth:`_caps`."""
         factor, guard = self._correct(DECODE_LANE)
         prefill_factor, _ = self._correct(PREFILL_LANE)
-        lane_ms = step_ms * factor
-        steps = np.ceil(until_done_ms * prefill_factor / lane_ms)
-        # The prefill joins at the end of the decode step in which it is done.
-        wall_ms = steps * lane_ms
-        rated = speedup(steps, decode_ms, prefill_ms, wall_ms)
-        return _Options(step_ms, until_done_ms, lane_ms * guard, wall_ms, steps, rated)
+        splits = []
+        forecasts = zip(self.decode_sms, step_ms.tolist(), until_done_ms.tolist(), strict=False)
+        for decode_sms, tbt_ms, done_ms in forecasts:
+            lane_ms = tbt_ms * factor
+            steps = ceil(done_ms * prefill_factor / lane_ms)
+            # The prefill joins at the end of the decode step in which it is done.
+            wall_ms = steps * lane_ms
+            rated = speedup(steps, decode_ms, prefill_ms, wall_ms)
+            splits.append(
+                _Split(decode_sms, tbt_ms, done_ms, lane_ms * guard, steps, wall_ms, rated)
+            )
+        return splits
 
     def _correct(self, kind: str) -> tuple[float, float]:
         if self._correction is None:
             return 1.0, 1.0
         return self._correction.factor(kind), self._correction.guard(kind)
 
+
+_speedup_of: Final = attrgetter("speedup")
 
 _NO_LANES: Final = np.empty(0, dtype=np.int64)
 

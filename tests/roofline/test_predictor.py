@@ -374,10 +374,15 @@ def test_groups_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("config", [QWEN3_8B, GEMMA3_1B], ids=["full", "windowed"])
-def test_decode_summary_is_the_summary_of_decodes(config: dict[str, Any]) -> None:
+def test_quick_summaries_equal_summarize(config: dict[str, Any]) -> None:
     roofline = Roofline(ModelShape.from_hf_config(config), GpuProfile.load("h100-sxm"))
     contexts = [0, 5, 900, 4095, 20_000]
-    batch = Batch([1] * len(contexts), contexts)
-    ours, theirs = roofline.decode_summary(contexts), roofline.summarize(batch)
-    for field in fields(theirs):
-        assert getattr(ours, field.name) == getattr(theirs, field.name)
+    queries = [2, 300, 700, 9, 4000]
+    pairs = [
+        (roofline.decode_summary(contexts), Batch([1] * len(contexts), contexts)),
+        (roofline.prefill_summary(queries, contexts), Batch(queries, contexts)),
+    ]
+    for ours, batch in pairs:
+        theirs = roofline.summarize(batch)
+        for field in fields(theirs):
+            assert getattr(ours, field.name) == getattr(theirs, field.name)

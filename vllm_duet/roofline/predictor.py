@@ -338,6 +338,30 @@ class Roofline:
             window_kv = sum(min(c + 1, self._window) for c in context_lens)
         return BatchSummary(count, count, sum(context_lens) + count, window_kv)
 
+    def prefill_summary(
+        self, query_lens: Sequence[int], context_lens: Sequence[int]
+    ) -> BatchSummary:
+        """``summarize`` of a few prefills, without a Batch; one token left is prefill too."""
+        pairs = window_pairs = 0.0
+        kv_tokens = window_kv_tokens = 0
+        for q, c in zip(query_lens, context_lens, strict=True):
+            pairs += q * (c + (q + 1) / 2)
+            kv_tokens += c + q
+            if self._window is not None:
+                a = min(max(self._window - c, 0), q)  # as in _window_statistics
+                window_pairs += a * (c + (a + 1) / 2) + (q - a) * self._window
+                window_kv_tokens += min(c + q, q + self._window - 1)
+        count, tokens = len(query_lens), sum(query_lens)
+        return BatchSummary(
+            num_sampled=count,
+            prefill_requests=count,
+            prefill_tokens=tokens,
+            prefill_pairs=pairs,
+            prefill_kv_tokens=kv_tokens,
+            prefill_window_pairs=window_pairs,
+            prefill_window_kv_tokens=window_kv_tokens,
+        )
+
     def prefill_chunk_summary(
         self, chunk_tokens: IntOrArray, context_len: IntOrArray
     ) -> BatchSummary:
