@@ -134,9 +134,9 @@ class DuetScheduler(AsyncScheduler):
             output = super().schedule(throttle_prefills)
         as_planned = output.total_num_scheduled_tokens == len(decodes) + prefill_tokens
         if plan.mode is Mode.SPLIT:
-            if not as_planned:
+            if not as_planned and all(batch := batch_of(output)):
                 # The prefix cache held some of it, or the KV cache had no room.
-                plan = self._policy.decide(*batch_of(output), can_split=True)
+                plan = self._policy.decide(*batch, can_split=True)
             if plan.mode is Mode.SPLIT and (decode := self._split(output, plan)) is not None:
                 return decode
             plan = replace(plan, mode=Mode.AGGREGATED)
@@ -159,6 +159,8 @@ class DuetScheduler(AsyncScheduler):
             if budget <= 0:
                 break
             tokens = min(budget, request.num_tokens - request.num_computed_tokens)
+            if tokens <= 0:
+                continue
             query_lens.append(tokens)
             context_lens.append(request.num_computed_tokens)
             budget -= tokens

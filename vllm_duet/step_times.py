@@ -46,7 +46,8 @@ class StepTimes:
         forecast: Forecast | None = getattr(scheduler_output, "duet_forecast", None)
         if forecast is not None:
             seconds = now - max(forecast.scheduled_at, self._last_end)
-            self.correction.observe(forecast.ms, 1e3 * seconds, forecast.kind)
+            if seconds > 0:
+                self.correction.observe(forecast.ms, 1e3 * seconds, forecast.kind)
         self._last_end = now
 
     def prefill_ended(self, forecast_ms: float, launched_at: float) -> None:

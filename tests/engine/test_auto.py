@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 from engine.scenarios import run_both
-from engine.workloads import random_mix
+from engine.workloads import cache_filling, random_mix
 
 from vllm_duet.plan import Mode
 from vllm_duet.policy import AGGREGATED_STEP
@@ -39,3 +42,12 @@ def test_no_step_is_decided_where_a_cap_would_stall_prompts(roomy):
         assert roomy._new_scheduler(DuetScheduler)._policy is None
     finally:
         roomy.vllm_config.scheduler_config.enable_chunked_prefill = True
+
+
+def test_a_split_is_planned_for_a_prompt_that_the_cache_has_no_room_for(full_cache):
+    # Four decodes and the late prompt fill the cache; the next ones have to wait.
+    first = cache_filling(random.Random(0))
+    late = [replace(first[-1], request_id=f"later-{i}", step=3 + i) for i in range(3)]
+    options = dict(mode="auto", gpu_profile="h100-sxm", correction=False, tbt_slo_ms=0.395)
+    run_both(full_cache, [*first, *late], "late", 0, **options)
+    assert full_cache.core.scheduler.num_steps[Mode.AGGREGATED] > 0
