@@ -354,7 +354,7 @@ class ForecastPolicy:
     ) -> BatchSummary:
         """The first ``sizes`` tokens of the prefills, taken in order: fields are [sizes].
 
-        A prompt with one token left counts as prefill, as plan.is_decode has it.
+        A prompt with one token left counts as prefill, as plan.split_output has it.
         """
         if len(query_lens) == 1:
             # Most steps have one prompt, which needs no table.

@@ -20,12 +20,15 @@ class Limit:
     ``feature`` names it, as a clause; ``sentence`` says what SPLIT needs instead.
     ``about`` is what decides it: how the server is started, the model, or this
     release of vllm-duet. ``applies`` takes a VllmConfig and a KVCacheConfig or None.
+    ``caps_too``: not even CAPPED then, since a cut token budget would never let some
+    prompts start, or the forecast would be of another batch than the one that runs.
     """
 
     feature: str
     about: Literal["options", "model", "release"]
     sentence: str
     applies: Callable[[Any, Any], bool]
+    caps_too: bool = False
 
 
 LIMITS = (
@@ -42,6 +45,13 @@ LIMITS = (
         lambda vllm, kv: not str(vllm.parallel_config.worker_cls).startswith("vllm_duet."),
     ),
     Limit(
+        "chunked prefill is off",
+        "options",
+        "SPLIT and CAPPED cut prompts: leave chunked prefill on.",
+        lambda vllm, kv: not vllm.scheduler_config.enable_chunked_prefill,
+        caps_too=True,
+    ),
+    Limit(
         "tensor parallelism",
         "options",
         "SPLIT runs on one GPU: --tensor-parallel-size 1.",
@@ -52,12 +62,14 @@ LIMITS = (
         "options",
         "SPLIT runs on one GPU: --pipeline-parallel-size 1.",
         lambda vllm, kv: vllm.parallel_config.pipeline_parallel_size > 1,
+        caps_too=True,
     ),
     Limit(
         "data parallelism",
         "options",
         "SPLIT runs one engine: --data-parallel-size 1.",
         lambda vllm, kv: vllm.parallel_config.data_parallel_size > 1,
+        caps_too=True,
     ),
     Limit(
         "context parallelism",
@@ -85,6 +97,7 @@ LIMITS = (
         "options",
         "SPLIT decodes one token a step: no --speculative-config.",
         lambda vllm, kv: vllm.speculative_config is not None,
+        caps_too=True,
     ),
     Limit(
         "LoRA",
@@ -135,24 +148,28 @@ LIMITS = (
         lambda vllm, kv: (
             vllm.model_config.supports_multimodal_inputs or vllm.model_config.uses_mrope
         ),
+        caps_too=True,
     ),
     Limit(
         "an encoder-decoder model",
         "model",
         "SPLIT serves decoder-only models.",
         lambda vllm, kv: vllm.model_config.is_encoder_decoder,
+        caps_too=True,
     ),
     Limit(
         "a pooling model",
         "model",
         "SPLIT serves models that generate.",
         lambda vllm, kv: vllm.model_config.runner_type == "pooling",
+        caps_too=True,
     ),
     Limit(
         "a diffusion model",
         "model",
         "SPLIT serves models that generate one token at a time.",
         lambda vllm, kv: vllm.model_config.is_diffusion,
+        caps_too=True,
     ),
     Limit(
         "state-space layers",
@@ -175,21 +192,7 @@ def split_blockers(vllm_config: Any, kv_cache_config: Any = None) -> list[str]:
 
 
 def deciding_blockers(vllm_config: Any) -> list[str]:
-    """Why every step of this engine is left to vLLM, a short clause each.
-
-    A cut token budget would never let some prompts start, or the forecast would be
-    of another batch than the one that runs.
-    """
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    checks = {
-        "chunked prefill is off": not vllm_config.scheduler_config.enable_chunked_prefill,
-        "speculative decoding": vllm_config.speculative_config is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "data parallelism": parallel.data_parallel_size > 1,
-        # An image that exceeds the cap would wait until nobody decodes.
-        "a multimodal model": model.supports_multimodal_inputs,
-        "an encoder-decoder model": model.is_encoder_decoder,
-        "a pooling model": model.runner_type == "pooling",
-        "a diffusion model": model.is_diffusion,
-    }
-    return [clause for clause, applies in checks.items() if applies]
+    """Why every step of this engine is left to vLLM, a short clause each."""
+    return [
+        limit.feature for limit in LIMITS if limit.caps_too and limit.applies(vllm_config, None)
+    ]
