@@ -20,6 +20,7 @@ setup(
     packages=find_packages(include=["vllm_duet", "vllm_duet.*"]),
     package_data={"vllm_duet": ["profiles/*.yaml"]},
     install_requires=[
+        "numba",  # which vLLM requires too
         "numpy",
         "nvidia-ml-py",  # the module pynvml
         "packaging",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 
+from hypothesis import settings
+
 # Model Runner V2 on the CPU: its Triton kernels run in Triton's interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
@@ -9,3 +11,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_PLUGINS", "duet")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The first example pays for Numba's compilation.
+settings.register_profile("duet", deadline=None)
+settings.load_profile("duet")

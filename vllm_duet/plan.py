@@ -7,10 +7,13 @@ dataclass with the fields of ``vllm.v1.core.sched.output.SchedulerOutput``.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Mode(StrEnum):
@@ -102,16 +105,16 @@ def directive_of(scheduler_output: Any) -> StepDirective | None:
     return getattr(scheduler_output, "duet", None)
 
 
-def _decode_rows(scheduler_output: Any) -> list[int]:
-    """Which cached requests of a SchedulerOutput decode in this step.
+def _prefill_rows(scheduler_output: Any) -> list[int]:
+    """Which cached requests of a SchedulerOutput belong to the prefill of this step.
 
-    A request that has sampled nothing yet belongs to the prefill even when a
-    single token of its prompt is left, as after a full prefix-cache hit.
+    A request that has sampled nothing yet does even when a single token of its
+    prompt is left, as after a full prefix-cache hit.
     """
     tokens = scheduler_output.num_scheduled_tokens
     cached = scheduler_output.scheduled_cached_reqs
     sampled = zip(cached.req_ids, cached.num_output_tokens, strict=True)
-    return [i for i, (req_id, n) in enumerate(sampled) if n > 0 and tokens[req_id] == 1]
+    return [i for i, (req_id, n) in enumerate(sampled) if n == 0 or tokens[req_id] != 1]
 
 
 def batch_of(scheduler_output: Any) -> tuple[list[int], list[int], list[int]]:
@@ -119,14 +122,10 @@ def batch_of(scheduler_output: Any) -> tuple[list[int], list[int], list[int]]:
     the prefills' query lengths [num_prefills] and context lengths [num_prefills]."""
     tokens = scheduler_output.num_scheduled_tokens
     cached = scheduler_output.scheduled_cached_reqs
-    decode_rows = set(_decode_rows(scheduler_output))
-    decode_context_lens, query_lens, context_lens = [], [], []
-    for i, req_id in enumerate(cached.req_ids):
-        if i in decode_rows:
-            decode_context_lens.append(cached.num_computed_tokens[i])
-        else:
-            query_lens.append(tokens[req_id])
-            context_lens.append(cached.num_computed_tokens[i])
+    prefill_rows = _prefill_rows(scheduler_output)
+    query_lens = [tokens[cached.req_ids[i]] for i in prefill_rows]
+    context_lens = [cached.num_computed_tokens[i] for i in prefill_rows]
+    decode_context_lens = _without(cached.num_computed_tokens, prefill_rows)
     for request in scheduler_output.scheduled_new_reqs:
         query_lens.append(tokens[request.req_id])
         context_lens.append(request.num_computed_tokens)
@@ -144,35 +143,43 @@ def split_output(scheduler_output: Any) -> tuple[Any, Any] | None:
     """
     tokens = scheduler_output.num_scheduled_tokens
     cached = scheduler_output.scheduled_cached_reqs
-    decode_rows = _decode_rows(scheduler_output)
-    if not decode_rows or len(decode_rows) == len(tokens):
+    prefill_rows = _prefill_rows(scheduler_output)
+    prefills = len(prefill_rows) + len(scheduler_output.scheduled_new_reqs)
+    if prefills in (0, len(tokens)):
         return None
-    in_decode = set(decode_rows)
-    prefill_rows = [i for i in range(len(cached.req_ids)) if i not in in_decode]
-    new_ids = [request.req_id for request in scheduler_output.scheduled_new_reqs]
+    prefill_tokens = {cached.req_ids[i]: tokens[cached.req_ids[i]] for i in prefill_rows}
+    for request in scheduler_output.scheduled_new_reqs:
+        prefill_tokens[request.req_id] = tokens[request.req_id]
+    # The decodes are many and the prefills few: take these out of a copy.
+    decode_tokens = tokens.copy()
+    for req_id in prefill_tokens:
+        del decode_tokens[req_id]
 
-    decode_ids = [cached.req_ids[i] for i in decode_rows]
-    prefill_ids = [cached.req_ids[i] for i in prefill_rows] + new_ids
-    decode = replace(
-        scheduler_output,
-        scheduled_new_reqs=[],
-        scheduled_cached_reqs=_select_cached(cached, decode_rows),
-        **_select_tokens(scheduler_output, decode_ids),
+    decode, prefill = copy(scheduler_output), copy(scheduler_output)
+    decode.scheduled_new_reqs = []
+    decode.scheduled_cached_reqs = _select_cached(
+        cached, _without(range(len(cached.req_ids)), prefill_rows)
     )
-    prefill = replace(
-        scheduler_output,
-        scheduled_cached_reqs=_select_cached(cached, prefill_rows),
-        **_select_tokens(scheduler_output, prefill_ids),
-        finished_req_ids=set(),
-        preempted_req_ids=set(),
-        free_encoder_mm_hashes=[],
-        new_block_ids_to_zero=None,
-        kv_cache_block_copies=None,
-        # Structured output keeps a step aggregated when a prefill request uses it.
-        has_structured_output_requests=False,
-        pending_structured_output_tokens=False,
-    )
+    _set_tokens(decode, decode_tokens)
+    prefill.scheduled_cached_reqs = _select_cached(cached, prefill_rows)
+    _set_tokens(prefill, prefill_tokens)
+    prefill.finished_req_ids = set()
+    prefill.preempted_req_ids = set()
+    prefill.free_encoder_mm_hashes = []
+    prefill.new_block_ids_to_zero = None
+    prefill.kv_cache_block_copies = None
+    # Structured output keeps a step aggregated when a prefill request uses it.
+    prefill.has_structured_output_requests = False
+    prefill.pending_structured_output_tokens = False
     return decode, prefill
+
+
+def _without(items: Sequence[T], rows: list[int]) -> list[T]:
+    """All items but those of ``rows``, which are few and ascending."""
+    kept = list(items)
+    for row in reversed(rows):
+        del kept[row]
+    return kept
 
 
 def without_requests(scheduler_output: Any, req_ids: Collection[str]) -> Any:
@@ -182,13 +189,15 @@ def without_requests(scheduler_output: Any, req_ids: Collection[str]) -> Any:
     """
     if not req_ids:
         return scheduler_output
-    kept = [i for i in scheduler_output.num_scheduled_tokens if i not in req_ids]
-    return replace(scheduler_output, **_select_tokens(scheduler_output, kept))
+    tokens = scheduler_output.num_scheduled_tokens
+    kept = copy(scheduler_output)
+    _set_tokens(kept, {i: n for i, n in tokens.items() if i not in req_ids})
+    return kept
 
 
-def _select_tokens(scheduler_output: Any, req_ids: list[str]) -> dict[str, Any]:
-    tokens = {i: scheduler_output.num_scheduled_tokens[i] for i in req_ids}
-    return {"num_scheduled_tokens": tokens, "total_num_scheduled_tokens": sum(tokens.values())}
+def _set_tokens(scheduler_output: Any, tokens: dict[str, int]) -> None:
+    scheduler_output.num_scheduled_tokens = tokens
+    scheduler_output.total_num_scheduled_tokens = sum(tokens.values())
 
 
 def _select_cached(cached: Any, rows: list[int]) -> Any:

@@ -8,17 +8,18 @@ torch nor vLLM.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 from operator import attrgetter
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_duet.plan import DuetPlan, Mode
-from vllm_duet.roofline import BatchSummary, GpuProfile, Roofline, StepTimeCorrection
+from vllm_duet.roofline import GpuProfile, Roofline, StepTimeCorrection
+from vllm_duet.roofline.kernels import njit
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -191,10 +192,7 @@ def chunk_sizes(prefill_tokens: int) -> IntArray:
     return np.array(sizes, dtype=np.int64)
 
 
-Ms = TypeVar("Ms", float, FloatArray)
-
-
-def speedup(decode_steps: float, decode_ms: float, prefill_ms: Ms, wall_ms: Ms) -> Ms:
+def speedup(decode_steps: float, decode_ms: float, prefill_ms: float, wall_ms: float) -> float:
     """How much faster plans do their work than vLLM's mixed batches would.
 
     A plan completes ``decode_steps`` decode steps and some prefill within
@@ -227,20 +225,39 @@ class _Split(NamedTuple):
     speedup: float
 
 
-class _Caps(NamedTuple):
-    """Mixed steps with the first ``sizes`` tokens of the prefill, an entry each."""
+@njit
+def _choose_cap(
+    forecast_ms: FloatArray,
+    work: FloatArray,
+    factor: float,
+    guard: float,
+    decode_ms: float,
+    prefill_ms: float,
+    bound_ms: float,
+    splits_ms: float,
+    must_beat: float,
+) -> tuple[int, float, float]:
+    """The mixed step to compare splits with: its index, its speedup, and the bound.
 
-    sizes: IntArray
-    tbt_ms: FloatArray
-    guarded_ms: FloatArray
-    wall_ms: FloatArray
-    speedup: FloatArray
-
-    def best(self, bound_ms: float) -> tuple[int, float]:
-        """The fastest that keeps the bound, and its speedup: -inf where none does."""
-        rated = np.where(self.guarded_ms <= bound_ms, self.speedup, -np.inf)
-        index = int(rated.argmax())
-        return index, float(rated[index])
+    ``forecast_ms`` and ``work`` are [N], by size of the chunk; the last is the whole
+    prefill. ``decode_ms`` and ``prefill_ms`` are the prices of :func:`speedup`, and
+    ``splits_ms`` is the smallest TBT of a split, guard included, which matters where
+    nothing keeps the bound. The speedup is -inf where no chunk does.
+    """
+    last = forecast_ms.size - 1
+    lowest_ms = min(splits_ms, forecast_ms.min() * factor * guard)
+    if lowest_ms > bound_ms:
+        bound_ms = lowest_ms * must_beat
+    best, best_speedup, found = last, -np.inf, -np.inf
+    for n in range(last + 1):
+        wall_ms = forecast_ms[n] * factor
+        if wall_ms * guard <= bound_ms:
+            found = (decode_ms + prefill_ms * work[n] / work[last]) / wall_ms
+            if found > best_speedup:
+                best, best_speedup = n, found
+    if forecast_ms[last] * factor * guard <= bound_ms and best_speedup <= must_beat * found:
+        best, best_speedup = last, found
+    return best, best_speedup, bound_ms
 
 
 class ForecastPolicy:
@@ -283,6 +300,9 @@ class ForecastPolicy:
         self._limits = limits
         self._correction = correction
         self._tokens_per_pair = _tokens_per_pair(roofline)
+        # Compiles all that a decision calls now, not while requests wait: no bound
+        # above an hour lets this prefill pass whole.
+        self.decide([0], [1 << 28], [0], can_split=True)
 
     def decide(
         self,
@@ -303,24 +323,33 @@ class ForecastPolicy:
         )
         factor, guard = self._correct(AGGREGATED_STEP)
         whole_ms = mixed_ms * factor
-        prices = (whole_ms - prefill_ms * factor, prefill_ms * factor)
+        prices = self.prices(num_decodes, prefill_tokens, whole_ms, prefill_ms * factor)
         splits = self._splits(step_ms, until_done_ms, *prices)
 
         reason = _KEEPS_BOUND
-        chunk, best_mixed, caps = -1, 1.0, None
+        cap, best_mixed, tbt_ms = prefill_tokens, 1.0, mixed_ms
         if whole_ms * guard <= bound_ms:
             # Nothing to cut for: AGGREGATED, unless a split is faster.
             if not limits.split_for_throughput:
                 splits = []
         else:
-            sizes = chunk_sizes(prefill_tokens)
-            caps = self._caps(decode, prefill_query_lens, prefill_context_lens, sizes, *prices)
-            lowest_ms = min([float(caps.guarded_ms.min()), *(s.guarded_ms for s in splits)])
-            if lowest_ms > bound_ms:
-                bound_ms, reason = lowest_ms * must_beat, _OUT_OF_REACH
-            chunk, best_mixed = caps.best(bound_ms)
-            if caps.guarded_ms[-1] <= bound_ms and best_mixed <= must_beat * caps.speedup[-1]:
-                chunk, best_mixed = sizes.size - 1, float(caps.speedup[-1])
+            sizes = self.chunk_sizes(prefill_tokens)
+            chunks_ms, chunk_tokens, pairs = self._roofline.capped_ms(
+                decode, prefill_query_lens, prefill_context_lens, sizes
+            )
+            chunk, best_mixed, bound_ms = _choose_cap(
+                chunks_ms,
+                chunk_tokens + self._tokens_per_pair * pairs,
+                factor,
+                guard,
+                *prices,
+                limits.tbt_slo_ms,
+                min([split.guarded_ms for split in splits], default=np.inf),
+                must_beat,
+            )
+            if bound_ms > limits.tbt_slo_ms:
+                reason = _OUT_OF_REACH
+            cap, tbt_ms = int(sizes[chunk]), float(chunks_ms[chunk])
         keeping = [split for split in splits if split.guarded_ms <= bound_ms]
         split = max(keeping, key=_speedup_of, default=None)
         if split is not None and split.speedup > must_beat * best_mixed:
@@ -335,63 +364,34 @@ class ForecastPolicy:
                 prefill_ms=split.prefill_ms,
                 tokens_per_s=1e3 * tokens / split.wall_ms,
             )
-        if caps is None or chunk == caps.sizes.size - 1:
-            tokens, cap, tbt_ms, wall_ms = prefill_tokens, None, mixed_ms, whole_ms
-        else:
-            tokens = cap = int(caps.sizes[chunk])
-            tbt_ms, wall_ms = float(caps.tbt_ms[chunk]), float(caps.wall_ms[chunk])
+        whole = cap == prefill_tokens
         return DuetPlan(
-            Mode.AGGREGATED if cap is None else Mode.CAPPED,
+            Mode.AGGREGATED if whole else Mode.CAPPED,
             reason,
-            max_prefill_tokens=cap,
+            max_prefill_tokens=None if whole else cap,
             tbt_ms=tbt_ms,
             prefill_ms=tbt_ms,
-            tokens_per_s=1e3 * (num_decodes + tokens) / wall_ms,
+            tokens_per_s=1e3 * (num_decodes + cap) / (tbt_ms * factor),
         )
 
-    def _chunks(
-        self, query_lens: Sequence[int], context_lens: Sequence[int], sizes: IntArray
-    ) -> BatchSummary:
-        """The first ``sizes`` tokens of the prefills, taken in order: fields are [sizes].
+    def prices(
+        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, prefill_ms: float
+    ) -> tuple[float, float]:
+        """What the decodes and the prefill of a mixed step are worth to :func:`speedup`.
 
-        A prompt with one token left counts as prefill, as plan.split_output has it.
+        ``mixed_ms`` is that step's time, and ``prefill_ms`` what its prefill costs alone
+        on all SMs. The prices add up to ``mixed_ms``, which makes AGGREGATED 1.
         """
-        if len(query_lens) == 1:
-            # Most steps have one prompt, which needs no table.
-            return self._roofline.prefill_chunk_summary(sizes, context_lens[0])
-        query = np.array(query_lens, dtype=np.int64)[:, None]
-        context = np.array(context_lens, dtype=np.int64)[:, None]
-        before = np.cumsum(query, axis=0) - query
-        taken = np.minimum(np.maximum(sizes - before, 0), query)
-        by_request = self._roofline.prefill_chunk_summary(taken, context)
-        return _map(by_request, lambda values: np.add.reduce(values, axis=0))
+        return mixed_ms - prefill_ms, prefill_ms
 
-    def _caps(
-        self,
-        decode: BatchSummary,
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
-        sizes: IntArray,
-        decode_ms: float,
-        prefill_ms: float,
-    ) -> _Caps:
-        """Mixed steps with the first ``sizes`` tokens of the prefill; the last is whole.
-
-        ``decode_ms`` and ``prefill_ms`` are the prices for :func:`speedup`: what the
-        decodes add to the whole step, and what its prefill costs alone.
-        """
-        chunks = self._chunks(query_lens, context_lens, sizes)
-        factor, guard = self._correct(AGGREGATED_STEP)
-        forecast_ms = np.asarray(self._roofline.step_ms(decode + chunks, self._num_sms))
-        wall_ms = forecast_ms * factor
-        work = np.asarray(chunks.prefill_tokens + self._tokens_per_pair * chunks.prefill_pairs)
-        rated = speedup(1, decode_ms, prefill_ms / work[-1] * work, wall_ms)
-        return _Caps(sizes, forecast_ms, wall_ms * guard, wall_ms, rated)
+    def chunk_sizes(self, prefill_tokens: int) -> IntArray:
+        """The chunks that a CAPPED step may have; the last is the whole prefill."""
+        return chunk_sizes(prefill_tokens)
 
     def _splits(
         self, step_ms: FloatArray, until_done_ms: FloatArray, decode_ms: float, prefill_ms: float
     ) -> list[_Split]:
-        """Splits by decode lane, at the prices of :meth:`_caps`."""
+        """Splits by decode lane, at the prices of :func:`speedup`."""
         factor, guard = self._correct(DECODE_LANE)
         prefill_factor, _ = self._correct(PREFILL_LANE)
         splits = []
@@ -419,14 +419,6 @@ _NO_LANES: Final = np.empty(0, dtype=np.int64)
 
 _KEEPS_BOUND: Final = "the fastest that keeps the bound"
 _OUT_OF_REACH: Final = "nothing keeps the bound: close to the smallest TBT"
-
-_SUMMARY_FIELDS: Final = tuple(field.name for field in fields(BatchSummary))
-
-
-def _map(summary: BatchSummary, function: Callable[[FloatArray], Any]) -> BatchSummary:
-    """``function`` of every field that is an array."""
-    values = (getattr(summary, name) for name in _SUMMARY_FIELDS)
-    return BatchSummary(*(function(v) if isinstance(v, np.ndarray) else v for v in values))
 
 
 def _tokens_per_pair(roofline: Roofline) -> float:

@@ -15,7 +15,6 @@ A step goes one of three ways through ``schedule``:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -137,7 +136,10 @@ class DuetScheduler(AsyncScheduler):
             if not as_planned and all(batch := batch_of(output)):
                 # The prefix cache held some of it, or the KV cache had no room.
                 plan = self._policy.decide(*batch, can_split=True)
-            if plan.mode is Mode.SPLIT and (decode := self._split(output, plan)) is not None:
+            if (
+                plan.mode is Mode.SPLIT
+                and (decode := self._split(output, plan, len(decodes))) is not None
+            ):
                 return decode
             plan = replace(plan, mode=Mode.AGGREGATED)
         elif as_planned:
@@ -189,9 +191,12 @@ class DuetScheduler(AsyncScheduler):
 
     # Splitting
 
-    def _split(self, output: SchedulerOutput, plan: DuetPlan) -> SchedulerOutput | None:
+    def _split(
+        self, output: SchedulerOutput, plan: DuetPlan, num_decodes: int
+    ) -> SchedulerOutput | None:
         """Take the prefill out of ``output`` and leave it in flight.
 
+        The first ``num_decodes`` requests of ``running`` were decoding before this step.
         Returns the decode step, or ``None`` when this step has to stay whole.
         """
         parts = split_output(output)
@@ -199,13 +204,17 @@ class DuetScheduler(AsyncScheduler):
             return None
         decode, prefill = parts
         launch = PrefillLaunch(self.num_launches, prefill, plan.decode_sms, plan.prefill_sms)
-        decodes: list[Request] = []
+        # The decodes that were running are still the first, unless one was preempted.
+        first = 0 if output.preempted_req_ids else num_decodes
+        decodes = self.running[:first]
         held: list[Request] = []
-        for request in self.running:
+        for request in self.running[first:]:
             in_flight = request.request_id in prefill.num_scheduled_tokens
             (held if in_flight or request.is_prefill_chunk else decodes).append(request)
         self.running = decodes
-        self._prefill = InFlightPrefill(launch.launch_id, prefill, plan, time.monotonic(), held)
+        self._prefill = InFlightPrefill(
+            launch.launch_id, prefill, plan, self._step_times.clock(), held
+        )
         self.num_launches += 1
         self.num_steps[Mode.SPLIT] += 1
         decode.duet = StepDirective(launch=launch, decode_sms=plan.decode_sms)

@@ -10,6 +10,7 @@ scheduled before this one has ended.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,20 +30,24 @@ class Forecast:
 class StepTimes:
     """Feeds a StepTimeCorrection; ``None`` turns it into a stopwatch nobody reads."""
 
-    def __init__(self, correction: StepTimeCorrection | None) -> None:
+    def __init__(
+        self, correction: StepTimeCorrection | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``clock`` returns seconds; the simulator has its own."""
         self.correction = correction
+        self.clock = clock
         self._last_end = 0.0
 
     def forecast(self, scheduler_output: Any, kind: str, ms: float) -> None:
         """Remember with the step that it is of ``kind`` and should take ``ms``."""
         if self.correction is not None and ms > 0:
-            scheduler_output.duet_forecast = Forecast(kind, ms, time.monotonic())
+            scheduler_output.duet_forecast = Forecast(kind, ms, self.clock())
 
     def ended(self, scheduler_output: Any) -> None:
         """Its output has arrived: learn from it if it was forecast."""
         if self.correction is None:
             return
-        now = time.monotonic()
+        now = self.clock()
         forecast: Forecast | None = getattr(scheduler_output, "duet_forecast", None)
         if forecast is not None:
             seconds = now - max(forecast.scheduled_at, self._last_end)
@@ -53,5 +58,5 @@ class StepTimes:
     def prefill_ended(self, forecast_ms: float, launched_at: float) -> None:
         """A prefill in flight has joined; it was done at most one step ago."""
         if self.correction is not None and forecast_ms > 0:
-            measured_ms = 1e3 * (time.monotonic() - launched_at)
+            measured_ms = 1e3 * (self.clock() - launched_at)
             self.correction.observe(forecast_ms, measured_ms, PREFILL_LANE)

@@ -162,7 +162,7 @@ def test_explain_names_every_operator_and_its_bound() -> None:
 
 
 @given(MODELS, BATCHES, st.integers(1, SMS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_predict_equals_step_ms(name: str, batch: Batch, num_sms: int) -> None:
     roofline = roofline_of(name)
     ms = roofline.step_ms(roofline.summarize(batch), num_sms)
@@ -173,7 +173,7 @@ def test_predict_equals_step_ms(name: str, batch: Batch, num_sms: int) -> None:
 
 
 @given(MODELS, BATCHES, BATCHES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_summaries_add_up(name: str, first: Batch, second: Batch) -> None:
     roofline = roofline_of(name)
     both = Batch(
@@ -242,7 +242,7 @@ def test_no_work_takes_no_time() -> None:
 
 
 @given(MODELS, BATCHES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_more_sms_are_never_slower(name: str, batch: Batch) -> None:
     roofline = roofline_of(name)
     ms = roofline.step_ms(roofline.summarize(batch), np.arange(1, SMS + 1))
@@ -250,7 +250,7 @@ def test_more_sms_are_never_slower(name: str, batch: Batch) -> None:
 
 
 @given(MODELS, st.integers(0, 20000), st.sampled_from([8, 40, 132]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_more_prefill_tokens_are_never_faster(name: str, context: int, num_sms: int) -> None:
     roofline = roofline_of(name)
     ms = roofline.step_ms(roofline.prefill_chunk_summary(np.arange(0, 3000, 7), context), num_sms)
@@ -258,7 +258,7 @@ def test_more_prefill_tokens_are_never_faster(name: str, context: int, num_sms: 
 
 
 @given(MODELS, st.integers(1, 64), st.integers(0, 20000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_another_decode_or_a_longer_context_is_never_faster(
     name: str, requests: int, context: int
 ) -> None:
@@ -272,7 +272,7 @@ def test_another_decode_or_a_longer_context_is_never_faster(
 
 
 @given(MODELS, BATCHES, BATCHES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_neighbour_never_helps(name: str, decode: Batch, prefill: Batch) -> None:
     roofline = roofline_of(name)
     first, second = roofline.summarize(decode), roofline.summarize(prefill)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention-aware roofline: how long one step takes on S of a GPU's SMs, and why.
 
-Pure Python and NumPy. Nothing in this folder may import torch or vLLM.
+NumPy, and Numba for what a scheduler waits for. Nothing in this folder may import torch or vLLM.
 
     roofline = Roofline(ModelShape.from_hf_config(config), GpuProfile.load("h100-sxm"))
     roofline.predict(Batch(query_lens=[2048, 1], context_lens=[0, 900]), num_sms=132).ms

@@ -2,9 +2,9 @@
 """Roofline: the time of a step on S SMs, and of two steps side by side.
 
 A scheduler calls this at every step, so an operator list is compiled once into
-coefficient matrices, and a forecast is two matrix products and a handful of
-vector operations on a few statistics of the batch (BatchSummary). ``predict``
-reads the same arrays out by operator; there is no second set of formulas.
+tables of coefficients, and a forecast is one call of a compiled kernel (kernels.py)
+on a few statistics of the batch (BatchSummary). ``predict`` reads the same arrays
+out by operator; there is no second set of formulas.
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_duet.roofline.hardware import GpuProfile
+from vllm_duet.roofline.kernels import (
+    capped_totals,
+    pair_totals,
+    plan_totals,
+    step_times,
+)
 from vllm_duet.roofline.model_shape import ModelShape
 from vllm_duet.roofline.operators import FEATURES, Kind, Operator, operators
 
@@ -201,17 +208,6 @@ class PairPrediction:
         )
 
 
-@dataclass(slots=True)
-class _Times:
-    """Times in ms of N steps alone on their SMs, K operators each."""
-
-    compute: FloatArray  # [K, N]
-    memory: FloatArray  # [K, N]
-    bus: FloatArray  # [K, N], memory time at the whole GPU's bandwidth
-    busy: FloatArray  # [K, N], compute and memory combined
-    total: FloatArray  # [N], with fixed costs
-
-
 class Roofline:
     """Forecasts steps of one model on one GPU (one tensor-parallel rank of it).
 
@@ -231,14 +227,10 @@ class Roofline:
         self.shape = shape
         self.profile = profile
         self.operators = operators(shape, profile.expert_tile_rows)
-        self._compile(self.operators)
-
         sms = np.arange(profile.num_sms + 1, dtype=np.float64)
         compute = profile.compute_fractions()
         with np.errstate(divide="ignore", invalid="ignore"):
-            # [4, num_sms + 1]; the last row is how much slower a tile runs on one
-            # of S SMs than on one of all. Column 0 is never read.
-            self._by_sms = np.stack(
+            by_sms = np.stack(
                 [
                     1 / sms,
                     1 / compute,
@@ -246,6 +238,7 @@ class Roofline:
                     sms / (profile.num_sms * compute),
                 ]
             )
+        self._tables = (*self._compile(self.operators), by_sms)
         window = shape.sliding_window
         self._window = window if shape.num_window_layers else None
         if shape.experts:
@@ -257,12 +250,9 @@ class Roofline:
         else:
             self._num_experts, self._log_miss = 0.0, 0.0
 
-    def _compile(self, ops: Sequence[Operator]) -> None:
-        """Coefficients of time, in ms on the whole GPU, all runs of an operator together.
-
-        Rows of the stacked matrix: K of compute time that is linear in the
-        features, K of tile rows, K of memory time, one of fixed time.
-        """
+    def _compile(self, ops: Sequence[Operator]) -> tuple[FloatArray, FloatArray]:
+        """The tables ``coefficients`` and ``per_operator`` of kernels.py, all runs of an
+        operator together."""
         profile, count = self.profile, len(ops)
         compute, rows, memory, overhead, link = (np.zeros((count, len(FEATURES))) for _ in range(5))
         columns, wave, unoverlapped = (np.zeros((count, 1)) for _ in range(3))
@@ -291,9 +281,10 @@ class Roofline:
                 wave[k] = op.repeats * whole_waves * tile_ms
         self._overhead, self._link = overhead, link
         fixed = (overhead + link).sum(axis=0, keepdims=True)
-        self._coefficients = np.vstack([compute, rows, memory, fixed])
-        self._columns, self._wave, self._unoverlapped = columns, wave, unoverlapped
-        self._count = count
+        return (
+            np.vstack([compute, rows, memory, fixed]),
+            np.hstack([columns, wave, unoverlapped]).T.copy(),
+        )
 
     def summarize(self, batch: Batch) -> BatchSummary:
         """The batch's statistics, with windowed ones where the model has windows."""
@@ -401,9 +392,9 @@ class Roofline:
         shape = _common_shape(values, sms)
         features = np.empty((len(FEATURES), *shape))
         _fill(features, values)
-        if sms.shape not in ((), shape):
-            sms = np.broadcast_to(sms, shape)
-        return _shaped(self._times(features, sms).total, shape)
+        sms = self._checked(np.broadcast_to(sms, shape))
+        total = step_times(*self._tables, features.reshape(len(FEATURES), -1), sms)[4]
+        return _shaped(total, shape)
 
     def pair_ms(
         self,
@@ -433,7 +424,8 @@ class Roofline:
         _fill(features[:, 1], prefill_values)
         sms = np.empty((2, *shape), dtype=np.int64)
         sms[0], sms[1] = first, second
-        total = self._contended(self._times(features, sms))
+        flat = features.reshape(len(FEATURES), -1)
+        total = pair_totals(*self._tables, flat, self._checked(sms)).reshape(2, -1)
         return _shaped(total[0], shape), _shaped(total[1], shape)
 
     def plan_ms(
@@ -449,32 +441,34 @@ class Roofline:
         Raises:
             ValueError: a group is not within 1..the GPU's SMs.
         """
-        splits, all_sms = decode_sms.size, self.profile.num_sms
-        # One more pair of lanes than there are splits holds the two whole steps.
-        features = np.empty((len(FEATURES), 2, splits + 1))
-        features[:, 0].T[...] = self._feature_values(decode)
-        features[:, 1].T[...] = self._feature_values(prefill)
-        features[:, 0, splits] = self._feature_values(decode + prefill)
-        sms = np.full((2, splits + 1), all_sms, dtype=np.int64)
-        sms[0, :splits] = decode_sms
-        np.subtract(all_sms, decode_sms, out=sms[1, :splits])
-        alone = self._times(features, sms)
-        beside = self._contended(alone)
-        mixed_ms, prefill_ms = alone.total[splits], alone.total[-1]
-        return float(mixed_ms), float(prefill_ms), beside[0, :splits], beside[1, :splits]
+        batches = self._features(decode, prefill, decode + prefill)
+        times = plan_totals(*self._tables, batches, decode_sms)
+        lanes = times[2:].reshape(2, -1)
+        return float(times[0]), float(times[1]), lanes[0], lanes[1]
 
-    def _contended(self, alone: _Times) -> FloatArray:
-        """Totals [2, N] of N pairs of steps side by side, from their times alone."""
-        lanes = (self._count, 2, -1)
-        bus, busy = alone.bus.reshape(lanes), alone.busy.reshape(lanes)
-        total = alone.total.reshape(2, -1)
-        demand = bus / np.maximum(busy, _TINY_MS)
-        demand += (bus.sum(axis=0) / np.maximum(total, _TINY_MS))[::-1]
-        memory = alone.memory * np.maximum(demand, 1.0, out=demand).reshape(alone.memory.shape)
-        delay = self._combined(alone.compute, memory)
-        delay -= alone.busy
-        contended: FloatArray = total + delay.sum(axis=0).reshape(2, -1)
-        return contended
+    def capped_ms(
+        self,
+        decode: BatchSummary,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        sizes: IntArray,
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Mixed steps with only the first ``sizes`` [N] tokens of the prefills, in ms.
+
+        The prefills are taken in order, on all SMs. Also returns the prefill tokens and
+        the (query, key) pairs of each [N]. A prompt with one token left counts as
+        prefill, as plan.split_output has it.
+        """
+        ms, tokens, pairs = capped_totals(
+            *self._tables,
+            self._features(decode)[0],
+            np.array([query_lens, context_lens]),
+            sizes,
+            self._window or 0,
+            self._num_experts,
+            self._log_miss,
+        )
+        return ms, tokens, pairs
 
     def predict(self, batch: Batch, num_sms: int) -> Prediction:
         """Time of one step alone on ``num_sms`` SMs, by operator.
@@ -484,9 +478,10 @@ class Roofline:
         Raises:
             ValueError: ``num_sms`` is not within 1..the GPU's.
         """
-        features = np.empty(len(FEATURES))
-        _fill(features, self._feature_values(self.summarize(batch)))
-        alone = self._times(features, np.asarray(num_sms))
+        features = self._features(self.summarize(batch))[0]
+        compute, memory, _, busy, total = step_times(
+            *self._tables, features[:, None], self._checked(np.array([num_sms]))
+        )
         overhead, link, flops, moved = (
             matrix @ features for matrix in (self._overhead, self._link, self._flops, self._bytes)
         )
@@ -494,9 +489,9 @@ class Roofline:
             OperatorTime(op.name, *map(float, numbers))
             for op, *numbers in zip(
                 self.operators,
-                alone.busy[:, 0] + overhead + link,
-                alone.compute[:, 0],
-                alone.memory[:, 0],
+                busy[:, 0] + overhead + link,
+                compute[:, 0],
+                memory[:, 0],
                 overhead,
                 link,
                 flops,
@@ -504,7 +499,7 @@ class Roofline:
                 strict=True,
             )
         )
-        return Prediction(float(alone.total[0]), num_sms, times)
+        return Prediction(float(total[0]), num_sms, times)
 
     def predict_pair(
         self, decode_batch: Batch, prefill_batch: Batch, decode_sms: int, prefill_sms: int
@@ -529,38 +524,19 @@ class Roofline:
             float(prefill_ms),
         )
 
-    def _times(self, features: FloatArray, sms: IntArray) -> _Times:
-        """N steps alone: features [F, ...], flattened to N; sms N too, or one for all."""
-        sms = sms.reshape(-1)
-        listed = sms.tolist()
+    def _checked(self, sms: IntArray) -> IntArray:
+        """SM counts, flattened. Numba reads beside an array without a word."""
+        listed = sms.ravel().tolist()
         if min(listed) < 1 or max(listed) > self.profile.num_sms:
             wrong = next(s for s in listed if not 1 <= s <= self.profile.num_sms)
             raise ValueError(f"num_sms must be within 1..{self.profile.num_sms}, not {wrong}")
-        per_sm, per_compute, per_bandwidth, wave_scale = self._by_sms[:, sms]
-        work = self._coefficients @ features.reshape(len(FEATURES), -1)
-        k = self._count
-        waves = np.ceil(work[k : 2 * k])
-        waves *= self._columns
-        waves *= per_sm
-        np.ceil(waves, out=waves)
-        waves *= self._wave
-        waves *= wave_scale
-        compute = work[:k]
-        compute *= per_compute
-        compute += waves
-        bus = work[2 * k : 3 * k]
-        memory = bus * per_bandwidth
-        busy = self._combined(compute, memory)
-        total = busy.sum(axis=0)
-        total += work[3 * k]
-        return _Times(compute, memory, bus, busy, total)
+        return sms.reshape(-1)
 
-    def _combined(self, compute: FloatArray, memory: FloatArray) -> FloatArray:
-        """max + unoverlapped * min, by operator."""
-        lesser = np.minimum(compute, memory)
-        lesser *= self._unoverlapped
-        lesser += np.maximum(compute, memory)
-        return lesser
+    def _features(self, *summaries: BatchSummary) -> FloatArray:
+        """[N, F] of N summaries of numbers; five times as fast as np.array."""
+        numbers: Any = chain.from_iterable(map(self._feature_values, summaries))
+        values = array("d", numbers)
+        return np.frombuffer(values).reshape(len(summaries), -1)
 
     def _feature_values(self, s: BatchSummary) -> _Values:
         """The summary in the order of FEATURES."""
@@ -585,10 +561,6 @@ class Roofline:
             s.prefill_window_kv_tokens,
             experts,
         )
-
-
-_TINY_MS = 1e-12
-"""Stands in for a time of zero, where its numerator is zero too."""
 
 
 def _vector(amounts: Mapping[str, float]) -> FloatArray:

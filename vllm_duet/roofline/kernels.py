@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of a forecast, compiled by Numba.
+
+A forecast is some forty operations on arrays of a few dozen numbers. In NumPy each
+of them costs a call, and between two scheduler steps all of its code has left the
+CPU's caches; compiled, they are one call. predictor.py has the formulas' sources
+and builds the tables.
+
+Tables, for K operators, F features and G SMs:
+
+* ``coefficients`` [3 K + 1, F]: K rows of compute time that is linear in the features, K
+  of tile rows, K of memory time, one of fixed time; ms on the whole GPU;
+* ``per_operator`` [3, K]: tile columns, ms of a wave, ``unoverlapped``;
+* ``by_sms`` [4, G + 1]: 1/S, 1/C(S), 1/B(S), and how much slower a tile runs on one of S
+  SMs than on one of all; column 0 is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_duet.roofline.operators import FEATURES
+
+Compiled = TypeVar("Compiled", bound=Callable[..., object])
+
+if TYPE_CHECKING:
+
+    def njit(function: Compiled) -> Compiled: ...
+
+else:
+    from numba import njit
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+Times = tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]
+
+TINY_MS = 1e-12
+"""Stands in for a time of zero, where its numerator is zero too."""
+
+
+@njit
+def step_times(
+    coefficients: FloatArray,
+    per_operator: FloatArray,
+    by_sms: FloatArray,
+    features: FloatArray,
+    sms: IntArray,
+) -> Times:
+    """Times in ms of N steps alone, ``features`` [F, N] on ``sms`` [N] SMs.
+
+    Returns by operator [K, N] the compute time, the memory time, the memory time at the
+    whole GPU's bandwidth, and compute and memory combined; and the total [N].
+    """
+    operators, steps = per_operator.shape[1], sms.size
+    rows = coefficients.shape[0]
+    work = np.zeros((rows, steps))
+    for r in range(rows):
+        for f in range(features.shape[0]):
+            if coefficients[r, f] != 0.0:
+                for n in range(steps):
+                    work[r, n] += coefficients[r, f] * features[f, n]
+    compute, memory = np.empty((operators, steps)), np.empty((operators, steps))
+    busy, total = np.empty((operators, steps)), work[rows - 1].copy()
+    for k in range(operators):
+        columns, wave_ms, unoverlapped = per_operator[:, k]
+        for n in range(steps):
+            per_sm, per_compute, per_bandwidth, wave_scale = by_sms[:, sms[n]]
+            waves = np.ceil(np.ceil(work[operators + k, n]) * columns * per_sm)
+            compute[k, n] = work[k, n] * per_compute + waves * wave_ms * wave_scale
+            memory[k, n] = work[2 * operators + k, n] * per_bandwidth
+            low, high = compute[k, n], memory[k, n]
+            if low > high:
+                low, high = high, low
+            busy[k, n] = high + unoverlapped * low
+            total[n] += busy[k, n]
+    return compute, memory, work[2 * operators : 3 * operators], busy, total
+
+
+@njit
+def pair_totals(
+    coefficients: FloatArray,
+    per_operator: FloatArray,
+    by_sms: FloatArray,
+    features: FloatArray,
+    sms: IntArray,
+) -> FloatArray:
+    """Times in ms of N steps side by side with N others: 2 N steps in, 2 N times out.
+
+    Step n and step N + n share the memory bus; see ``Roofline.pair_ms``.
+    """
+    compute, memory, bus, busy, alone = step_times(
+        coefficients, per_operator, by_sms, features, sms
+    )
+    operators, pairs = per_operator.shape[1], sms.size // 2
+    total = alone.copy()
+    for n in range(2 * pairs):
+        other = n + pairs if n < pairs else n - pairs
+        beside = 0.0
+        for k in range(operators):
+            beside += bus[k, other]
+        beside /= max(alone[other], TINY_MS)
+        for k in range(operators):
+            demand = bus[k, n] / max(busy[k, n], TINY_MS) + beside
+            if demand > 1.0:
+                low, high = compute[k, n], memory[k, n] * demand
+                if low > high:
+                    low, high = high, low
+                total[n] += high + per_operator[2, k] * low - busy[k, n]
+    return total
+
+
+@njit
+def plan_totals(
+    coefficients: FloatArray,
+    per_operator: FloatArray,
+    by_sms: FloatArray,
+    batches: FloatArray,
+    decode_sms: IntArray,
+) -> FloatArray:
+    """Times in ms of all that a policy compares.
+
+    ``batches`` [3, F] are the features of the decodes, of the prefill and of both in
+    one step; ``decode_sms`` [S] the decode lanes. Returns, one after the other, the
+    mixed step and the prefill alone, each on all SMs, then the decode steps [S] and the
+    prefills [S] beside each other.
+    """
+    splits, num_sms = decode_sms.size, by_sms.shape[1] - 1
+    features, sms = np.empty((batches.shape[1], 2)), np.full(2, num_sms)
+    features[:, 0], features[:, 1] = batches[2], batches[1]
+    alone = step_times(coefficients, per_operator, by_sms, features, sms)[4]
+    features, sms = np.empty((batches.shape[1], 2 * splits)), np.empty(2 * splits, np.int64)
+    for s in range(splits):
+        features[:, s], features[:, splits + s] = batches[0], batches[1]
+        sms[s], sms[splits + s] = decode_sms[s], num_sms - decode_sms[s]
+    lanes = pair_totals(coefficients, per_operator, by_sms, features, sms)
+    return np.concatenate((alone, lanes))
+
+
+@njit
+def capped_totals(
+    coefficients: FloatArray,
+    per_operator: FloatArray,
+    by_sms: FloatArray,
+    decode: FloatArray,
+    prefills: IntArray,
+    sizes: IntArray,
+    window: int,
+    num_experts: float,
+    log_miss: float,
+) -> FloatArray:
+    """Times in ms, on all SMs, of steps with the first ``sizes`` [N] tokens of the prefill.
+
+    ``decode`` [F] are the features of the decodes, ``prefills`` [2, R] the query and
+    context lengths of the prompts, taken in order; ``window`` is 0 where there is none.
+    Returns [3, N]: the times, the prefill tokens, and the (query, key) pairs; for the
+    formulas see BatchSummary and ``predictor._window_statistics``.
+    """
+    features = np.empty((decode.size, sizes.size))
+    found = np.zeros((3, sizes.size))
+    for n in range(sizes.size):
+        features[:, n] = decode
+        left = sizes[n]
+        for r in range(prefills.shape[1]):
+            if left <= 0:
+                break
+            q, c = min(prefills[0, r], left), prefills[1, r]
+            left -= q
+            features[_TOKENS, n] += q
+            features[_SAMPLED, n] += 1
+            features[_HAS_PREFILL, n] = 1
+            features[_PREFILL_TOKENS, n] += q
+            features[_PREFILL_PAIRS, n] += q * (c + (q + 1) / 2)
+            features[_PREFILL_KV_TOKENS, n] += c + q
+            if window:
+                a = min(max(window - c, 0), q)
+                features[_PREFILL_WINDOW_PAIRS, n] += a * (c + (a + 1) / 2) + (q - a) * window
+                features[_PREFILL_WINDOW_KV_TOKENS, n] += min(c + q, q + window - 1)
+        features[_EXPERTS, n] = -num_experts * np.expm1(features[_TOKENS, n] * log_miss)
+        found[1, n] = features[_PREFILL_TOKENS, n]
+        found[2, n] = features[_PREFILL_PAIRS, n]
+    sms = np.full(sizes.size, by_sms.shape[1] - 1)
+    found[0] = step_times(coefficients, per_operator, by_sms, features, sms)[4]
+    return found
+
+
+(
+    _TOKENS,
+    _SAMPLED,
+    _HAS_PREFILL,
+    _PREFILL_TOKENS,
+    _PREFILL_PAIRS,
+    _PREFILL_KV_TOKENS,
+    _PREFILL_WINDOW_PAIRS,
+    _PREFILL_WINDOW_KV_TOKENS,
+    _EXPERTS,
+) = (
+    FEATURES.index(name)
+    for name in (
+        "tokens",
+        "sampled",
+        "has_prefill",
+        "prefill_tokens",
+        "prefill_pairs",
+        "prefill_kv_tokens",
+        "prefill_window_pairs",
+        "prefill_window_kv_tokens",
+        "experts_touched",
+    )
+)
