@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulated GPU: how long each step takes, and what overlaps what.
+
+The policy under test forecasts with a Roofline of its own. The ground truth here
+starts from the same operator terms, and adds what the policy does not know of: the
+CPU's launches, CUDA graph padding, lost time inside SM groups, more interference
+between lanes than shared bandwidth explains, and noise.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Literal
+
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from vllm_duet.plan import Join, PrefillLaunch, batch_of, directive_of
+from vllm_duet.roofline import BatchSummary, Roofline
+from vllm_duet.roofline.operators import Kind
+
+LaneName = Literal["gpu", "decode", "prefill"]
+
+
+@dataclass(frozen=True, slots=True)
+class Disturbances:
+    """What the ground truth has beyond a roofline. All are assumptions until measured.
+
+    ``noise`` is the standard deviation of the logarithm of a step's time.
+    ``interference`` multiplies the delay that the lanes' demands for bandwidth cause,
+    and ``shared`` is what either loses beside the other whatever the demands, to L2 and
+    power. ``group_loss`` is what a lane loses to kernels that size their grids for the
+    whole GPU. ``launch_us`` is the CPU time to launch one kernel, for steps without
+    full CUDA graphs; ``piecewise_tokens`` is the largest step whose kernels between the
+    attentions are graphs (vLLM's largest capture size).
+    """
+
+    noise: float = 0.03
+    interference: float = 1.25
+    shared: float = 0.03
+    group_loss: float = 0.03
+    launch_us: float = 4.0
+    piecewise_tokens: int = 512
+
+
+GRAPH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+"""The decode batch sizes that vLLM captures; a batch is padded to the next."""
+
+
+class GroundTruth:
+    """Times in ms of steps, without noise. Batches are lengths, as in ``plan.batch_of``."""
+
+    def __init__(self, roofline: Roofline, disturbances: Disturbances) -> None:
+        self.roofline = roofline
+        self.num_sms = roofline.profile.num_sms
+        self.disturbances = disturbances
+        kernels = sum(op.repeats for op in roofline.operators if op.kind is not Kind.STEP)
+        self._eager_ms = 1e-3 * disturbances.launch_us * kernels
+        # One attention and one graph for all between two of them, a layer.
+        self._piecewise_ms = 2e-3 * disturbances.launch_us * roofline.shape.num_layers
+
+    def decode(self, context_lens: Sequence[int]) -> BatchSummary:
+        """A decode step as its CUDA graph runs it: padded."""
+        summary = self.roofline.decode_summary(context_lens)
+        at = bisect_left(GRAPH_SIZES, len(context_lens))
+        padded = GRAPH_SIZES[at] if at < len(GRAPH_SIZES) else len(context_lens)
+        return replace(summary, decode_tokens=padded)
+
+    def prefill(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> BatchSummary:
+        return self.roofline.prefill_summary(query_lens, context_lens)
+
+    def step_ms(
+        self,
+        decode_context_lens: Sequence[int],
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+    ) -> float:
+        """One step on the whole GPU: decodes, prefills, or both mixed."""
+        if not query_lens:
+            return self.lane_ms(self.decode(decode_context_lens), self.num_sms)
+        summary = self.roofline.decode_summary(decode_context_lens) + self.prefill(
+            query_lens, context_lens
+        )
+        tokens = len(decode_context_lens) + sum(query_lens)
+        return max(self.lane_ms(summary, self.num_sms), self.launch_ms(tokens))
+
+    def launch_ms(self, tokens: int) -> float:
+        """CPU time to launch a step that is no full CUDA graph."""
+        small = tokens <= self.disturbances.piecewise_tokens
+        return self._piecewise_ms if small else self._eager_ms
+
+    def lane_ms(self, summary: BatchSummary, num_sms: int) -> float:
+        """One batch alone on ``num_sms`` SMs."""
+        loss = 1.0 if num_sms == self.num_sms else 1 + self.disturbances.group_loss
+        return float(self.roofline.step_ms(summary, num_sms)) * loss
+
+    def pair_ms(
+        self, decode: BatchSummary, prefill: BatchSummary, decode_sms: int, prefill_sms: int
+    ) -> tuple[float, float]:
+        """Both batches for as long as they run beside each other."""
+        d, loss = self.disturbances, 1 + self.disturbances.group_loss
+        beside = self.roofline.pair_ms(decode, prefill, decode_sms, prefill_sms)
+        alone = (
+            self.roofline.step_ms(decode, decode_sms),
+            self.roofline.step_ms(prefill, prefill_sms),
+        )
+        slowed = [
+            float(a * (1 + d.shared) + d.interference * (b - a)) * loss
+            for a, b in zip(alone, beside, strict=True)
+        ]
+        return slowed[0], slowed[1]
+
+
+@dataclass(slots=True)
+class Interval:
+    """What a lane did, for steps.jsonl and the timeline; times in ms."""
+
+    lane: LaneName
+    mode: str
+    start_ms: float
+    end_ms: float
+    decodes: int
+    prefill_tokens: int
+    sms: int
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A prefill in flight; ``left`` is the part of it that is not computed at ``at_ms``."""
+
+    launch: PrefillLaunch
+    summary: BatchSummary
+    alone_ms: float
+    noise: float
+    interval: Interval
+    at_ms: float
+    join_after: int | None
+    left: float = 1.0
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A step that was given to the GPU: when it ends, and which prefill it brings back."""
+
+    end_ms: float
+    joined: PrefillLaunch | None = None
+    launch_cpu_ms: float = 0.0
+
+
+class SimulatedGpu:
+    """Runs SchedulerOutputs in order, in virtual time."""
+
+    def __init__(self, truth: GroundTruth, seed: int) -> None:
+        self.truth = truth
+        self.intervals: list[Interval] = []
+        self._random = Random(seed)
+        self._free_at = 0.0
+        self._prefill: _InFlight | None = None
+
+    def run(self, output: SchedulerOutput, now_ms: float, join_after: int | None = None) -> Ran:
+        """Queue a step at ``now_ms``; it starts when the step before it has ended.
+
+        A prefill it launches may join at the first step that finds it done or, with
+        ``join_after``, after that many decode steps and not before.
+        """
+        start = max(now_ms, self._free_at)
+        decodes, query_lens, context_lens = batch_of(output)
+        directive = directive_of(output)
+        if directive is None:
+            return self._whole(start, decodes, query_lens, context_lens)
+        if directive.launch is not None:
+            launch_ms = self._launch(directive.launch, start, join_after)
+            end = self._decode(start, decodes, directive.decode_sms)
+            return Ran(end, launch_cpu_ms=launch_ms)
+        end = self._decode(start, decodes, directive.decode_sms) if decodes else start
+        return self._join(end, wait=directive.join is Join.WAIT)
+
+    def _noise(self) -> float:
+        return math.exp(self._random.gauss(0.0, self.truth.disturbances.noise))
+
+    def _whole(
+        self, start: float, decodes: list[int], query_lens: list[int], context_lens: list[int]
+    ) -> Ran:
+        if not decodes and not query_lens:
+            return Ran(start)
+        end = start + self.truth.step_ms(decodes, query_lens, context_lens) * self._noise()
+        mode = "mixed" if decodes and query_lens else "decode_only" if decodes else "prefill_only"
+        self.intervals.append(
+            Interval("gpu", mode, start, end, len(decodes), sum(query_lens), self.truth.num_sms)
+        )
+        self._free_at = end
+        return Ran(end)
+
+    def _launch(self, launch: PrefillLaunch, start: float, join_after: int | None) -> float:
+        _, query_lens, context_lens = batch_of(launch.output)
+        tokens, sms = sum(query_lens), launch.prefill_sms
+        summary = self.truth.prefill(query_lens, context_lens)
+        interval = Interval("prefill", "split", start, start, 0, tokens, sms)
+        launch_ms = self.truth.launch_ms(tokens)
+        self._prefill = _InFlight(
+            launch,
+            summary,
+            max(self.truth.lane_ms(summary, sms), launch_ms),
+            self._noise(),
+            interval,
+            start,
+            join_after,
+        )
+        self.intervals.append(interval)
+        return launch_ms
+
+    def _decode(self, start: float, decodes: list[int], sms: int) -> float:
+        """A decode step on its lane, beside the prefill for as long as that lasts."""
+        summary = self.truth.decode(decodes)
+        noise = self._noise()
+        alone_ms = self.truth.lane_ms(summary, sms) * noise
+        prefill = self._prefill
+        if prefill is not None:
+            self._prefill_alone_until(prefill, start)
+        if prefill is None or prefill.left <= 0:
+            end = start + alone_ms
+        else:
+            decode_ms, prefill_ms = self.truth.pair_ms(
+                summary, prefill.summary, sms, prefill.launch.prefill_sms
+            )
+            decode_ms *= noise
+            prefill_ms = max(prefill_ms, prefill.alone_ms) * prefill.noise
+            until_done = prefill.left * prefill_ms
+            if until_done >= decode_ms:
+                end = start + decode_ms
+                prefill.left -= decode_ms / prefill_ms
+                prefill.at_ms = end
+            else:
+                prefill.left, prefill.at_ms = 0.0, start + until_done
+                end = start + until_done + (1 - until_done / decode_ms) * alone_ms
+        self.intervals.append(Interval("decode", "split", start, end, len(decodes), 0, sms))
+        self._free_at = end
+        return end
+
+    def _prefill_alone_until(self, prefill: _InFlight, now: float) -> None:
+        if prefill.left > 0 and now > prefill.at_ms:
+            alone_ms = prefill.alone_ms * prefill.noise
+            done = prefill.at_ms + prefill.left * alone_ms
+            prefill.left = max(0.0, prefill.left - (now - prefill.at_ms) / alone_ms)
+            prefill.at_ms = min(now, done)
+
+    def _join(self, end: float, wait: bool) -> Ran:
+        prefill = self._prefill
+        if prefill is None:
+            return Ran(end)
+        prefill.steps += 1
+        if prefill.join_after is not None and not wait:
+            if prefill.steps < prefill.join_after:
+                return Ran(end)
+            wait = True
+        if wait:
+            self._prefill_alone_until(prefill, math.inf)
+            end = max(end, prefill.at_ms)
+        elif prefill.left > 0:
+            return Ran(end)
+        prefill.interval.end_ms = prefill.at_ms
+        self._prefill = None
+        self._free_at = max(self._free_at, end)
+        return Ran(end, joined=prefill.launch)

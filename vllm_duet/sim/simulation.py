@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One simulated run, from its options to its figures."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+# A GPU's engine is planned here, whatever machine this is, and nothing is logged.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_duet.doctor import GPU_MEMORY_UTILIZATION
+from vllm_duet.policy import PolicyLimits
+from vllm_duet.roofline import BatchSummary, GpuProfile, ModelShape, Roofline
+from vllm_duet.sim.engine import CpuCosts, RequestRecord, SimulatedClock, SimulatedEngine
+from vllm_duet.sim.executor import Disturbances, GroundTruth, Interval, SimulatedGpu
+from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster
+from vllm_duet.sim.traces import TraceRequest
+
+BLOCK_SIZE = 16
+FIXED_BYTES = 1.0e9
+"""CUDA context and graphs: an assumption."""
+
+
+class SimulationError(ValueError):
+    """Options that cannot be simulated, in one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is simulated. ``model`` is a config.json or the folder that holds it."""
+
+    model: Path
+    gpu: str = "h100-sxm"
+    scheduler: str = "duet"
+    tbt_slo_ms: float = 100.0
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 1024
+    max_model_len: int | None = None
+    seed: int = 0
+    model_error: float = 0.0
+    disturbances: Disturbances = field(default_factory=Disturbances)
+    costs: CpuCosts = field(default_factory=CpuCosts)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run gave. ``rejected`` requests were longer than the model takes."""
+
+    records: list[RequestRecord]
+    intervals: list[Interval]
+    rejected: int
+    kv_cache_tokens: int
+    preemptions: int
+    steps_by_mode: dict[str, int]
+    num_gpus: int = 1
+
+
+class Simulation:
+    """Builds engines for ``options``, and runs traces through them.
+
+    Raises:
+        SimulationError: the scheduler is unknown, or the model does not fit the GPU.
+        ValueError: the model's architecture or the GPU profile is not known.
+    """
+
+    def __init__(self, options: Options) -> None:
+        if options.scheduler not in SYSTEMS:
+            raise SimulationError(
+                f"there is no scheduler {options.scheduler!r}: choose one of {', '.join(SYSTEMS)}"
+            )
+        self.options = options
+        self.system: System = SYSTEMS[options.scheduler]
+        self.profile = GpuProfile.load(options.gpu)
+        config_file = options.model / "config.json" if options.model.is_dir() else options.model
+        self._hf_config: dict[str, Any] = json.loads(config_file.read_text())
+        self.shape = ModelShape.from_hf_config(self._hf_config)
+        self.kv_cache_tokens = self._kv_cache_tokens()
+        self.max_model_len = min(
+            options.max_model_len or int(self._hf_config["max_position_embeddings"]),
+            self.kv_cache_tokens,
+        )
+
+    def run(
+        self,
+        trace: Sequence[TraceRequest],
+        on_finished: Callable[[RequestRecord], None] = lambda _: None,
+    ) -> Outcome:
+        """Serve the requests of ``trace`` that are not longer than the model takes.
+
+        Raises:
+            SimulationError: all are longer.
+        """
+        fitting = [r for r in trace if r.input_length + r.output_length <= self.max_model_len]
+        if not fitting:
+            raise SimulationError(f"every request is longer than {self.max_model_len} tokens")
+        serve = self._disaggregated if self.options.scheduler == "disaggregated" else self._serve
+        outcome = serve(fitting, on_finished)
+        outcome.rejected = len(trace) - len(fitting)
+        return outcome
+
+    def _serve(
+        self, trace: Sequence[TraceRequest], on_finished: Callable[[RequestRecord], None]
+    ) -> Outcome:
+        engine = self.engine()
+        records = engine.run(trace, on_finished)
+        steps = getattr(engine.scheduler, "num_steps", {})
+        return Outcome(
+            records,
+            engine.gpu.intervals,
+            0,
+            self.kv_cache_tokens,
+            engine.num_preempted,
+            {str(mode): count for mode, count in steps.items()},
+        )
+
+    def _disaggregated(
+        self, trace: Sequence[TraceRequest], on_finished: Callable[[RequestRecord], None]
+    ) -> Outcome:
+        """Prefill on one GPU and decode on another, each with a stock engine.
+
+        The KV cache of a prompt travels over the link, and its prefill then costs the second
+        GPU nothing. What the prefill GPU does depends on the second in no way.
+        """
+        first, second = self.engine(), self.engine(prefill_is_free=True)
+        prefilled = first.run([replace(r, output_length=1) for r in trace])
+        kv_ms = 1e3 * self.shape.kv_bytes_per_token / self.profile.link_bytes_per_s
+        rows = [
+            (record.token_ms[0] + kv_ms * r.input_length, index, r)
+            for index, (record, r) in enumerate(zip(prefilled, trace, strict=True))
+            if r.output_length > 1
+        ]
+        rows.sort(key=lambda row: row[:2])
+        moved = [
+            TraceRequest(at, r.input_length + 1, r.output_length - 1, r.hash_ids)
+            for at, _, r in rows
+        ]
+        for (_, index, r), decoded in zip(rows, second.run(moved), strict=True):
+            record = prefilled[index]
+            record.output_length = r.output_length
+            record.token_ms += decoded.token_ms
+            on_finished(record)
+        return Outcome(
+            prefilled,
+            [
+                *(replace(i, lane="prefill") for i in first.gpu.intervals),
+                *(replace(i, lane="decode") for i in second.gpu.intervals),
+            ],
+            0,
+            2 * self.kv_cache_tokens,
+            first.num_preempted + second.num_preempted,
+            {},
+            num_gpus=2,
+        )
+
+    def engine(self, *, prefill_is_free: bool = False) -> SimulatedEngine:
+        """A fresh engine with an empty KV cache."""
+        options, clock = self.options, SimulatedClock()
+        truth = (_FreePrefill if prefill_is_free else GroundTruth)(
+            Roofline(self.shape, self.profile), options.disturbances
+        )
+        scheduler: Any
+        if self.system.policy is None:
+            scheduler = self._scheduler(AsyncScheduler)
+        else:
+            limits = PolicyLimits(tbt_slo_ms=options.tbt_slo_ms, max_lookahead=1 << 30)
+            roofline = forecaster(
+                self.shape, self.profile, self.system, options.model_error, options.seed
+            )
+            scheduler = self._scheduler(
+                SimulatedDuetScheduler,
+                policy=functools.partial(self.system.policy, roofline, limits),
+                clock=clock,
+            )
+        return SimulatedEngine(
+            scheduler,
+            SimulatedGpu(truth, options.seed),
+            clock,
+            costs=options.costs,
+            join_after_lookahead=not self.system.event_join,
+        )
+
+    def _scheduler(self, scheduler_cls: type, **kwargs: Any) -> Any:
+        config = self._vllm_config
+        spec = FullAttentionSpec(
+            block_size=BLOCK_SIZE,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_size=self.shape.head_dim,
+            dtype=torch.bfloat16,
+        )
+        kv_cache_config = KVCacheConfig(
+            num_blocks=self.kv_cache_tokens // BLOCK_SIZE,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        )
+        return scheduler_cls(
+            config,
+            kv_cache_config=kv_cache_config,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK_SIZE,
+            log_stats=False,
+            **kwargs,
+        )
+
+    @functools.cached_property
+    def _vllm_config(self) -> VllmConfig:
+        options = self.options
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(self._hf_config))
+            config = EngineArgs(
+                model=folder,
+                skip_tokenizer_init=True,
+                max_model_len=self.max_model_len,
+                max_num_batched_tokens=options.max_num_batched_tokens,
+                max_num_seqs=min(options.max_num_seqs, options.max_num_batched_tokens),
+                additional_config={"duet": {"mode": "aggregated"}},
+            ).create_engine_config()
+        config.cache_config.num_gpu_blocks = self.kv_cache_tokens // BLOCK_SIZE
+        return config
+
+    def _kv_cache_tokens(self) -> int:
+        """Tokens of KV cache that vLLM would find room for: what is left of its share of
+        the memory beside weights, activations of the largest step, logits, and the rest."""
+        shape, options = self.shape, self.options
+        memory = GPU_MEMORY_UTILIZATION * self.profile.memory_bytes
+        width = 4 * shape.hidden_size + 3 * shape.intermediate_size
+        activations = options.max_num_batched_tokens * width * shape.activation_bytes
+        # Logits in 16 and in 32 bits.
+        logits = 6 * min(options.max_num_seqs, options.max_num_batched_tokens) * shape.vocab_size
+        free = memory - shape.weight_bytes - activations - logits - FIXED_BYTES
+        tokens = int(free // shape.kv_bytes_per_token) // BLOCK_SIZE * BLOCK_SIZE
+        if tokens <= 0:
+            raise SimulationError(
+                f"{shape.architecture} does not fit {self.profile.name}:"
+                f" {shape.weight_bytes / 1e9:.1f} GB of weights,"
+                f" {(activations + logits + FIXED_BYTES) / 1e9:.1f} GB for activations, logits and"
+                f" CUDA, and vLLM takes {memory / 1e9:.1f} GB of the GPU's memory"
+            )
+        return tokens
+
+
+class _FreePrefill(GroundTruth):
+    """A GPU whose prompts arrive with their KV cache computed."""
+
+    def prefill(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> BatchSummary:
+        return BatchSummary()
+
+    def launch_ms(self, tokens: int) -> float:
+        return 0.0

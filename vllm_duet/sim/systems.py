@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be simulated: vllm-duet, its ablations, and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from vllm_duet.plan import DuetPlan, Mode
+from vllm_duet.policy import FixedModePolicy, ForecastPolicy, IntArray, Policy, PolicyLimits
+from vllm_duet.roofline import (
+    BatchSummary,
+    GpuProfile,
+    ModelShape,
+    Roofline,
+    StepTimeCorrection,
+)
+from vllm_duet.scheduler import DuetScheduler
+from vllm_duet.sim.engine import SimulatedClock
+from vllm_duet.step_times import StepTimes
+
+PolicyFactory = Callable[[Roofline, PolicyLimits, StepTimeCorrection], Policy]
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One way to run the decisions of DuetScheduler; ``None`` as policy is stock vLLM."""
+
+    summary: str
+    policy: PolicyFactory | None
+    event_join: bool = True
+    contention: bool = True
+
+
+class SimulatedDuetScheduler(DuetScheduler):
+    """DuetScheduler with a policy that is given, on a GPU that can be split."""
+
+    def __init__(
+        self,
+        *args: Any,
+        policy: Callable[[StepTimeCorrection], Policy],
+        clock: SimulatedClock,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._blockers = []
+        correction = StepTimeCorrection()
+        self._step_times = StepTimes(correction, clock)
+        self._policy = policy(correction)
+
+    @property
+    def plan_in_flight(self) -> DuetPlan:
+        """The plan of the prefill in flight."""
+        assert self._prefill is not None
+        return self._prefill.plan
+
+
+class NoContention(Roofline):
+    """Forecasts two lanes as if each had the memory bus to itself, as the paper does."""
+
+    def plan_ms(
+        self, decode: BatchSummary, prefill: BatchSummary, decode_sms: IntArray
+    ) -> tuple[float, float, Any, Any]:
+        mixed_ms, prefill_ms, _, _ = super().plan_ms(decode, prefill, decode_sms)
+        prefill_sms = self.profile.num_sms - decode_sms
+        decode_ms, lane_ms = self.step_ms(decode, decode_sms), self.step_ms(prefill, prefill_sms)
+        return mixed_ms, prefill_ms, np.asarray(decode_ms), np.asarray(lane_ms)
+
+
+class PaperPolicy:
+    """Algorithm 1 of DuetServe (arXiv 2511.04791).
+
+    A mixed step that is forecast to keep the bound stays; otherwise, of the decode
+    lanes that keep it, the one with the most tokens a second over
+    k = ceil(prefill time / decode time) decode steps and the prefill. Where none keeps
+    it, the one with the shortest decode step.
+    """
+
+    def __init__(self, roofline: Roofline, limits: PolicyLimits, _: StepTimeCorrection) -> None:
+        step = roofline.profile.sm_granularity
+        first = -(-roofline.profile.min_sms // step) * step
+        last = roofline.profile.num_sms - roofline.profile.min_sms
+        self._lanes = np.arange(first, last + 1, step)
+        self._num_sms = roofline.profile.num_sms
+        self._roofline, self._bound_ms = roofline, limits.tbt_slo_ms
+
+    def decide(
+        self,
+        decode_context_lens: Sequence[int],
+        prefill_query_lens: Sequence[int],
+        prefill_context_lens: Sequence[int],
+        *,
+        can_split: bool,
+    ) -> DuetPlan:
+        decode = self._roofline.decode_summary(decode_context_lens)
+        prefill = self._roofline.prefill_summary(prefill_query_lens, prefill_context_lens)
+        mixed_ms, _, steps_ms, prefills_ms = self._roofline.plan_ms(decode, prefill, self._lanes)
+        if mixed_ms <= self._bound_ms or not can_split:
+            return DuetPlan(Mode.AGGREGATED, "keeps the bound", tbt_ms=mixed_ms)
+        tokens = sum(prefill_query_lens)
+
+        def rank(lane: int) -> tuple[float, float]:
+            step_ms, prefill_ms = float(steps_ms[lane]), float(prefills_ms[lane])
+            if step_ms > self._bound_ms:
+                return 0.0, -step_ms
+            steps = ceil(prefill_ms / step_ms)
+            return (steps * len(decode_context_lens) + tokens) / max(
+                steps * step_ms, prefill_ms
+            ), 0.0
+
+        lane = max(range(self._lanes.size), key=rank)
+        step_ms, prefill_ms = float(steps_ms[lane]), float(prefills_ms[lane])
+        decode_sms = int(self._lanes[lane])
+        return DuetPlan(
+            Mode.SPLIT,
+            "breaks the bound",
+            decode_sms=decode_sms,
+            prefill_sms=self._num_sms - decode_sms,
+            lookahead=ceil(prefill_ms / step_ms),
+            tbt_ms=step_ms,
+            prefill_ms=prefill_ms,
+        )
+
+
+class Uncapped(ForecastPolicy):
+    """Without CAPPED: the prefill of a step is whole."""
+
+    def chunk_sizes(self, prefill_tokens: int) -> IntArray:
+        return np.array([prefill_tokens])
+
+
+class CountsTokens(ForecastPolicy):
+    """The objective is tokens a second."""
+
+    def prices(
+        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, prefill_ms: float
+    ) -> tuple[float, float]:
+        token_ms = mixed_ms / (num_decodes + prefill_tokens)
+        return num_decodes * token_ms, prefill_tokens * token_ms
+
+
+class CountsPhases(ForecastPolicy):
+    """The objective weighs both phases of a mixed step the same."""
+
+    def prices(
+        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, prefill_ms: float
+    ) -> tuple[float, float]:
+        return mixed_ms / 2, mixed_ms / 2
+
+
+class CountsAlone(ForecastPolicy):
+    """The objective is the GPU time that each phase would have cost alone."""
+
+    def decide(
+        self,
+        decode_context_lens: Sequence[int],
+        prefill_query_lens: Sequence[int],
+        prefill_context_lens: Sequence[int],
+        *,
+        can_split: bool,
+    ) -> DuetPlan:
+        decode = self._roofline.decode_summary(decode_context_lens)
+        self._decode_alone_ms = float(self._roofline.step_ms(decode, self._num_sms))
+        return super().decide(
+            decode_context_lens, prefill_query_lens, prefill_context_lens, can_split=can_split
+        )
+
+    def prices(
+        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, prefill_ms: float
+    ) -> tuple[float, float]:
+        scale = mixed_ms / (self._decode_alone_ms + prefill_ms)
+        return self._decode_alone_ms * scale, prefill_ms * scale
+
+
+def _bound_only(
+    roofline: Roofline, limits: PolicyLimits, correction: StepTimeCorrection
+) -> ForecastPolicy:
+    return ForecastPolicy(roofline, replace(limits, split_for_throughput=False), correction)
+
+
+def _uncorrected(roofline: Roofline, limits: PolicyLimits, _: StepTimeCorrection) -> ForecastPolicy:
+    return ForecastPolicy(roofline, limits)
+
+
+class NeverSplits(ForecastPolicy):
+    """CAPPED and AGGREGATED alone: what a stock GPU build of vllm-duet does today."""
+
+    def decide(
+        self,
+        decode_context_lens: Sequence[int],
+        prefill_query_lens: Sequence[int],
+        prefill_context_lens: Sequence[int],
+        *,
+        can_split: bool,
+    ) -> DuetPlan:
+        return super().decide(
+            decode_context_lens, prefill_query_lens, prefill_context_lens, can_split=False
+        )
+
+
+def _fixed(share: float) -> PolicyFactory:
+    """Always split, with ``share`` of the SMs for decode."""
+
+    def policy(
+        roofline: Roofline, limits: PolicyLimits, correction: StepTimeCorrection
+    ) -> FixedModePolicy:
+        profile = roofline.profile
+        sms = round(share * profile.num_sms / profile.sm_granularity) * profile.sm_granularity
+        return FixedModePolicy(Mode.SPLIT, sms, profile.num_sms - sms, 0)
+
+    return policy
+
+
+SYSTEMS = {
+    "stock": System("vLLM's AsyncScheduler", None),
+    "duet": System("DuetScheduler as it ships", ForecastPolicy),
+    "paper": System(
+        "DuetServe's Algorithm 1: join after k steps, no caps, no contention term",
+        PaperPolicy,
+        event_join=False,
+        contention=False,
+    ),
+    "fixed-split": System("always split, 30 % of the SMs for decode", _fixed(0.3)),
+    "disaggregated": System("stock, prefill and decode on a GPU each, counted per GPU", None),
+    "duet-join-after-k": System("duet, joined after k steps", ForecastPolicy, event_join=False),
+    "duet-no-caps": System("duet without CAPPED", Uncapped),
+    "duet-no-splits": System("duet without SPLIT", NeverSplits),
+    "duet-no-contention": System("duet, blind to contention", ForecastPolicy, contention=False),
+    "duet-no-correction": System("duet without the online correction", _uncorrected),
+    "duet-bound-only": System("duet that splits only for the bound", _bound_only),
+    "duet-counts-tokens": System("duet, objective tokens a second", CountsTokens),
+    "duet-counts-alone": System("duet, objective GPU time alone", CountsAlone),
+    "duet-counts-phases": System("duet, both phases weighed the same", CountsPhases),
+}
+
+
+def forecaster(
+    shape: ModelShape, profile: GpuProfile, system: System, error: float, seed: int
+) -> Roofline:
+    """The roofline the policy decides by: the profile, wrong by ``error``."""
+    roofline = Roofline if system.contention else NoContention
+    return roofline(shape, wrong_profile(profile, error, seed))
+
+
+ERRING_RATES = (
+    "gemm_fraction",
+    "attention_fraction",
+    "hbm_fraction",
+    "attention_hbm_fraction",
+    "sm_bytes_per_s",
+)
+
+
+def wrong_profile(profile: GpuProfile, error: float, seed: int) -> GpuProfile:
+    """The profile with each rate too high or too low by ``error``, and fixed costs too low.
+
+    Which of the two is drawn by ``seed`` for each rate, so forecasts are scaled, and
+    skewed: prefill against decode, one SM count against another. The truth stays, so
+    that what does not forecast is the same at every error.
+    """
+    random = Random(seed)
+    factors = {name: (1 + error) ** random.choice((-1, 1)) for name in ERRING_RATES}
+    changed = {name: getattr(profile, name) * factor for name, factor in factors.items()}
+    overheads = ("gemm_overhead_us", "attention_overhead_us", "step_overhead_us")
+    changed |= {name: getattr(profile, name) / (1 + error) for name in overheads}
+    return replace(profile, **changed)
