@@ -141,3 +141,107 @@ def _print(diagnosis: Diagnosis, console: Console) -> None:
     console.print(limits)
     if shape is None and diagnosis.shape_problem is None:
         console.print("\nGive a model with --model to check its architecture too.")
+
+
+@app.command()
+def simulate(
+    trace: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Azure CSV, Mooncake or plain JSONL.")
+    ],
+    model: Annotated[
+        Path, typer.Option(exists=True, help="The model's config.json, or the folder that holds it.")
+    ],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the results.")],
+    gpu: Annotated[str, typer.Option(help="A GPU profile's name or YAML file.")] = "h100-sxm",
+    scheduler: Annotated[
+        str, typer.Option(help="stock, duet, or one of the others that --scheduler help lists.")
+    ] = "duet",
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Requests a second; not given: the trace's own arrivals."),
+    ] = None,
+    tbt_slo_ms: Annotated[
+        float, typer.Option(min=1e-3, help="The bound on the time between tokens.")
+    ] = 100.0,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="vLLM's token budget.")] = 8192,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="vLLM's batch size.")] = 1024,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Longest request; not given: the model's.")
+    ] = None,
+    num_requests: Annotated[
+        int | None, typer.Option(min=1, help="Only the first requests of the trace.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of the forecast's error.")] = 0,
+    model_error: Annotated[
+        float, typer.Option(min=0, max=1, help="How wrong the policy's forecasts are; 0.1 is 10 %.")
+    ] = 0.0,
+) -> None:
+    """Serve a trace in virtual time: the real schedulers, on a simulated GPU."""
+    # vLLM takes seconds to import, and only this command needs it.
+    try:
+        from vllm_duet.sim import command
+    except ImportError as error:
+        raise typer.BadParameter(
+            f"the simulator runs vLLM's schedulers, and vLLM cannot be imported ({error})"
+        ) from None
+    if scheduler == "help":
+        _print_systems(command.SYSTEMS)
+        raise typer.Exit
+    options = command.Options(
+        model=model,
+        gpu=gpu,
+        scheduler=scheduler,
+        tbt_slo_ms=tbt_slo_ms,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        seed=seed,
+        model_error=model_error,
+    )
+    try:
+        summary = command.simulate(options, trace, rate, num_requests, out)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    _print_summary(summary, out)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `simulate` wrote.")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The page.")] = Path("report.html"),
+) -> None:
+    """Compare simulated runs on one HTML page."""
+    from vllm_duet.report import ReportError, write_report
+
+    try:
+        write_report(folders, out)
+    except (OSError, ReportError) as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(f"Wrote {out}")
+
+
+def _print_systems(systems: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, system in systems.items():
+        table.add_row(f"[bold]{name}[/bold]", system.summary)
+    Console().print(table)
+
+
+def _print_summary(summary: dict[str, Any], out: Path) -> None:
+    console, steps = Console(), summary["steps"]
+    table = Table(title="Simulated", title_justify="left", title_style="bold")
+    for column in ("", "mean", "p50", "p90", "p99", "max"):
+        table.add_column(column, justify="right")
+    for key, name in (("ttft_ms", "TTFT ms"), ("tbt_ms", "TBT ms"), ("e2e_ms", "end to end ms")):
+        row = summary[key]
+        table.add_row(name, *(f"{row[k]:,.1f}" for k in ("mean", "p50", "p90", "p99", "max")))
+    console.print(table)
+    console.print(
+        f"{summary['finished_requests']} requests at {summary['rate']:.2f} a second"
+        f" ({summary['rejected_requests']} longer than the model takes),"
+        f" {summary['output_throughput']:,.0f} tokens a second out,"
+        f" {summary['tbt_within_slo']:.2%} of gaps within {summary['tbt_slo_ms']:g} ms,"
+        f" {summary['preemptions']} preemptions"
+    )
+    console.print("Steps: " + ", ".join(f"{n} {mode}" for mode, n in steps.items()))
+    console.print(f"Wrote {out}")

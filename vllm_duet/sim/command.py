@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work behind ``vllm-duet simulate``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllm_duet.sim import results
+from vllm_duet.sim.simulation import Options, Simulation
+from vllm_duet.sim.systems import SYSTEMS
+from vllm_duet.sim.traces import at_rate, read_trace
+
+__all__ = ["SYSTEMS", "Options", "simulate"]
+
+
+def simulate(
+    options: Options, trace: Path, rate: float | None, num_requests: int | None, out: Path
+) -> dict[str, Any]:
+    """Run a trace file and write the results to ``out``; returns the summary.
+
+    Raises:
+        TraceError, SimulationError, ValueError: see read_trace and Simulation.
+            Nothing is written then.
+    """
+    requests = read_trace(trace)[:num_requests]
+    if rate is not None:
+        requests = at_rate(requests, rate)
+    simulation = Simulation(options)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"{options.scheduler}, requests", total=len(requests))
+        outcome = simulation.run(requests, lambda _: progress.advance(task))
+    head = results.provenance(shlex.join(["vllm-duet", *sys.argv[1:]])) | results.summary(
+        options, trace.stem, requests, outcome
+    )
+    results.write(out, head, outcome)
+    return head
