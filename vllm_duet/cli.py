@@ -149,7 +149,8 @@ def simulate(
         Path, typer.Option(exists=True, dir_okay=False, help="Azure CSV, Mooncake or plain JSONL.")
     ],
     model: Annotated[
-        Path, typer.Option(exists=True, help="The model's config.json, or the folder that holds it.")
+        Path,
+        typer.Option(exists=True, help="The model's config.json, or the folder that holds it."),
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the results.")],
     gpu: Annotated[str, typer.Option(help="A GPU profile's name or YAML file.")] = "h100-sxm",

@@ -25,12 +25,15 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 AGGREGATED_STEP: Final = "aggregated"
+DECODE_ONLY: Final = "decode_only"
 DECODE_LANE: Final = "decode_lane"
 PREFILL_LANE: Final = "prefill_lane"
 """The kinds of step that StepTimeCorrection tells apart; a CAPPED step is aggregated."""
 
 MIN_CHUNK_TOKENS: Final = 16
 """The least prefill of a CAPPED step, so that a prompt always progresses."""
+
+DECODE_BOUND_SHARE: Final = 0.1
 
 NUM_CHUNK_SIZES: Final = 64
 """A cap is chosen to within this part of the prefill."""
@@ -46,6 +49,7 @@ class Policy(Protocol):
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        decode_only_share: float = 0.0,
     ) -> DuetPlan:
         """Decide for the batch vLLM would run.
 
@@ -53,6 +57,8 @@ class Policy(Protocol):
         [num_prefills] are tokens already in the KV cache; the decodes compute
         one token each, the prefills ``prefill_query_lens`` [num_prefills].
         None of them is empty. With ``can_split`` false the plan is never SPLIT.
+        ``decode_only_share`` is the share of the recent time in which decodes ran with no
+        prefill beside them.
         """
 
 
@@ -81,6 +87,7 @@ class FixedModePolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        decode_only_share: float = 0.0,
     ) -> DuetPlan:
         if self._plan.mode is Mode.SPLIT and not can_split:
             return DuetPlan(Mode.AGGREGATED, reason="this batch cannot be split")
@@ -106,6 +113,7 @@ class RandomPolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        decode_only_share: float = 0.0,
     ) -> DuetPlan:
         modes = [Mode.AGGREGATED, Mode.CAPPED] + [Mode.SPLIT] * (2 if can_split else 0)
         mode = self._random.choice(modes)
@@ -311,6 +319,7 @@ class ForecastPolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        decode_only_share: float = 0.0,
     ) -> DuetPlan:
         limits = self._limits
         bound_ms, must_beat = limits.tbt_slo_ms, 1 + limits.throughput_margin
@@ -318,12 +327,14 @@ class ForecastPolicy:
         decode = self._roofline.decode_summary(decode_context_lens)
         prefill = self._roofline.prefill_summary(prefill_query_lens, prefill_context_lens)
         lanes = self._lane_sms if can_split else _NO_LANES
-        mixed_ms, prefill_ms, step_ms, until_done_ms = self._roofline.plan_ms(
+        mixed_ms, prefill_ms, decode_ms, step_ms, until_done_ms = self._roofline.plan_ms(
             decode, prefill, lanes
         )
         factor, guard = self._correct(AGGREGATED_STEP)
         whole_ms = mixed_ms * factor
-        prices = self.prices(num_decodes, prefill_tokens, whole_ms, prefill_ms * factor)
+        slack = min(1.0, decode_only_share / DECODE_BOUND_SHARE)
+        decode_price = factor * (slack * decode_ms + (1 - slack) * (mixed_ms - prefill_ms))
+        prices = (decode_price, whole_ms - decode_price)
         splits = self._splits(step_ms, until_done_ms, *prices)
 
         reason = _KEEPS_BOUND
@@ -373,16 +384,6 @@ class ForecastPolicy:
             prefill_ms=tbt_ms,
             tokens_per_s=1e3 * (num_decodes + cap) / (tbt_ms * factor),
         )
-
-    def prices(
-        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, prefill_ms: float
-    ) -> tuple[float, float]:
-        """What the decodes and the prefill of a mixed step are worth to :func:`speedup`.
-
-        ``mixed_ms`` is that step's time, and ``prefill_ms`` what its prefill costs alone
-        on all SMs. The prices add up to ``mixed_ms``, which makes AGGREGATED 1.
-        """
-        return mixed_ms - prefill_ms, prefill_ms
 
     def chunk_sizes(self, prefill_tokens: int) -> IntArray:
         """The chunks that a CAPPED step may have; the last is the whole prefill."""

@@ -49,6 +49,7 @@ from vllm_duet.plan import (
 from vllm_duet.policy import (
     AGGREGATED_STEP,
     DECODE_LANE,
+    DECODE_ONLY,
     FixedModePolicy,
     ForecastPolicy,
     Policy,
@@ -121,10 +122,10 @@ class DuetScheduler(AsyncScheduler):
         if self._prefill is not None:
             return self._schedule_beside_prefill(self._prefill)
         if self._policy is None or not (self.waiting or self._inflight_prefills):
-            return super().schedule(throttle_prefills)
+            return self._schedule_whole(throttle_prefills)
         decodes = [request for request in self.running if not request.is_prefill_chunk]
         if not decodes:
-            return super().schedule(throttle_prefills)
+            return self._schedule_whole(throttle_prefills)
         plan, prefill_tokens = self._decide(self._policy, decodes)
         if plan.mode is not Mode.AGGREGATED:
             # Decodes first: a cut budget must not run out on a prompt before them.
@@ -135,7 +136,11 @@ class DuetScheduler(AsyncScheduler):
         if plan.mode is Mode.SPLIT:
             if not as_planned and all(batch := batch_of(output)):
                 # The prefix cache held some of it, or the KV cache had no room.
-                plan = self._policy.decide(*batch, can_split=True)
+                plan = self._policy.decide(
+                    *batch,
+                    can_split=True,
+                    decode_only_share=self._step_times.decode_only_share,
+                )
             if (
                 plan.mode is Mode.SPLIT
                 and (decode := self._split(output, plan, len(decodes))) is not None
@@ -143,8 +148,15 @@ class DuetScheduler(AsyncScheduler):
                 return decode
             plan = replace(plan, mode=Mode.AGGREGATED)
         elif as_planned:
-            self._step_times.forecast(output, AGGREGATED_STEP, plan.tbt_ms)
+            self._step_times.scheduled(output, AGGREGATED_STEP, plan.tbt_ms)
+        if not as_planned:
+            self._step_times.scheduled(output, _kind_of(output))
         self.num_steps[plan.mode] += 1
+        return output
+
+    def _schedule_whole(self, throttle_prefills: bool) -> SchedulerOutput:
+        output = super().schedule(throttle_prefills)
+        self._step_times.scheduled(output, _kind_of(output))
         return output
 
     def _decide(self, policy: Policy, decodes: list[Request]) -> tuple[DuetPlan, int]:
@@ -173,6 +185,7 @@ class DuetScheduler(AsyncScheduler):
             query_lens,
             context_lens,
             can_split=not self._blockers and not self.kv_holding_waiting,
+            decode_only_share=self._step_times.decode_only_share,
         )
         prefill_tokens = sum(query_lens)
         if plan.max_prefill_tokens is not None:
@@ -218,6 +231,7 @@ class DuetScheduler(AsyncScheduler):
         self.num_launches += 1
         self.num_steps[Mode.SPLIT] += 1
         decode.duet = StepDirective(launch=launch, decode_sms=plan.decode_sms)
+        self._step_times.scheduled(decode, DECODE_LANE)
         return decode
 
     def _can_be_in_flight(self, prefill: SchedulerOutput) -> bool:
@@ -242,11 +256,11 @@ class DuetScheduler(AsyncScheduler):
             output = super().schedule()
         finally:
             self._pause_state, self.kv_holding_waiting = pause_state, kv_holding
-        join = Join.WAIT
+        join, forecast_ms = Join.WAIT, 0.0
         if output.total_num_scheduled_tokens:
-            join = Join.IF_DONE
+            join, forecast_ms = Join.IF_DONE, prefill.plan.tbt_ms
             self.num_steps[Mode.SPLIT] += 1
-            self._step_times.forecast(output, DECODE_LANE, prefill.plan.tbt_ms)
+        self._step_times.scheduled(output, DECODE_LANE, forecast_ms)
         output.duet = StepDirective(join=join, decode_sms=prefill.plan.decode_sms)
         return output
 
@@ -320,6 +334,12 @@ class DuetScheduler(AsyncScheduler):
             logger.warning("The prefix cache was not reset: a prefill is in flight. Try again.")
             return False
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+
+def _kind_of(output: SchedulerOutput) -> str:
+    """Whether a whole step has any prefill; one token of a prompt passes for a decode."""
+    prefill = output.total_num_scheduled_tokens > len(output.num_scheduled_tokens)
+    return AGGREGATED_STEP if prefill or output.scheduled_new_reqs else DECODE_ONLY
 
 
 def make_policy(

@@ -125,12 +125,13 @@ def plan_totals(
 
     ``batches`` [3, F] are the features of the decodes, of the prefill and of both in
     one step; ``decode_sms`` [S] the decode lanes. Returns, one after the other, the
-    mixed step and the prefill alone, each on all SMs, then the decode steps [S] and the
-    prefills [S] beside each other.
+    mixed step, the prefill and the decodes, each alone on all SMs, then the decode steps
+    [S] and the prefills [S] beside each other.
     """
     splits, num_sms = decode_sms.size, by_sms.shape[1] - 1
-    features, sms = np.empty((batches.shape[1], 2)), np.full(2, num_sms)
-    features[:, 0], features[:, 1] = batches[2], batches[1]
+    features, sms = np.empty((batches.shape[1], 3)), np.full(3, num_sms)
+    for n in range(3):
+        features[:, n] = batches[2 - n]
     alone = step_times(coefficients, per_operator, by_sms, features, sms)[4]
     features, sms = np.empty((batches.shape[1], 2 * splits)), np.empty(2 * splits, np.int64)
     for s in range(splits):

@@ -430,11 +430,11 @@ class Roofline:
 
     def plan_ms(
         self, decode: BatchSummary, prefill: BatchSummary, decode_sms: IntArray
-    ) -> tuple[float, float, FloatArray, FloatArray]:
+    ) -> tuple[float, float, float, FloatArray, FloatArray]:
         """All the times a policy compares, in one pass, in ms.
 
-        Returns the mixed step on all SMs, the prefill alone on all SMs, and of the
-        splits with ``decode_sms`` [S] SMs for decode and the rest for prefill,
+        Returns the mixed step, the prefill alone and the decodes alone, on all SMs, and
+        of the splits with ``decode_sms`` [S] SMs for decode and the rest for prefill,
         the times of both lanes [S], as :meth:`pair_ms` gives them. The summaries'
         fields are numbers.
 
@@ -443,8 +443,9 @@ class Roofline:
         """
         batches = self._features(decode, prefill, decode + prefill)
         times = plan_totals(*self._tables, batches, decode_sms)
-        lanes = times[2:].reshape(2, -1)
-        return float(times[0]), float(times[1]), lanes[0], lanes[1]
+        mixed_ms, prefill_ms, decode_ms = times[:3].tolist()
+        lanes = times[3:].reshape(2, -1)
+        return mixed_ms, prefill_ms, decode_ms, lanes[0], lanes[1]
 
     def capped_ms(
         self,

@@ -65,11 +65,11 @@ class NoContention(Roofline):
 
     def plan_ms(
         self, decode: BatchSummary, prefill: BatchSummary, decode_sms: IntArray
-    ) -> tuple[float, float, Any, Any]:
-        mixed_ms, prefill_ms, _, _ = super().plan_ms(decode, prefill, decode_sms)
+    ) -> tuple[float, float, float, Any, Any]:
+        whole = super().plan_ms(decode, prefill, decode_sms)[:3]
         prefill_sms = self.profile.num_sms - decode_sms
-        decode_ms, lane_ms = self.step_ms(decode, decode_sms), self.step_ms(prefill, prefill_sms)
-        return mixed_ms, prefill_ms, np.asarray(decode_ms), np.asarray(lane_ms)
+        lanes = self.step_ms(decode, decode_sms), self.step_ms(prefill, prefill_sms)
+        return *whole, np.asarray(lanes[0]), np.asarray(lanes[1])
 
 
 class PaperPolicy:
@@ -96,10 +96,11 @@ class PaperPolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        decode_only_share: float = 0.0,
     ) -> DuetPlan:
         decode = self._roofline.decode_summary(decode_context_lens)
         prefill = self._roofline.prefill_summary(prefill_query_lens, prefill_context_lens)
-        mixed_ms, _, steps_ms, prefills_ms = self._roofline.plan_ms(decode, prefill, self._lanes)
+        mixed_ms, _, _, steps_ms, prefills_ms = self._roofline.plan_ms(decode, prefill, self._lanes)
         if mixed_ms <= self._bound_ms or not can_split:
             return DuetPlan(Mode.AGGREGATED, "keeps the bound", tbt_ms=mixed_ms)
         tokens = sum(prefill_query_lens)
@@ -134,49 +135,6 @@ class Uncapped(ForecastPolicy):
         return np.array([prefill_tokens])
 
 
-class CountsTokens(ForecastPolicy):
-    """The objective is tokens a second."""
-
-    def prices(
-        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, prefill_ms: float
-    ) -> tuple[float, float]:
-        token_ms = mixed_ms / (num_decodes + prefill_tokens)
-        return num_decodes * token_ms, prefill_tokens * token_ms
-
-
-class CountsPhases(ForecastPolicy):
-    """The objective weighs both phases of a mixed step the same."""
-
-    def prices(
-        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, prefill_ms: float
-    ) -> tuple[float, float]:
-        return mixed_ms / 2, mixed_ms / 2
-
-
-class CountsAlone(ForecastPolicy):
-    """The objective is the GPU time that each phase would have cost alone."""
-
-    def decide(
-        self,
-        decode_context_lens: Sequence[int],
-        prefill_query_lens: Sequence[int],
-        prefill_context_lens: Sequence[int],
-        *,
-        can_split: bool,
-    ) -> DuetPlan:
-        decode = self._roofline.decode_summary(decode_context_lens)
-        self._decode_alone_ms = float(self._roofline.step_ms(decode, self._num_sms))
-        return super().decide(
-            decode_context_lens, prefill_query_lens, prefill_context_lens, can_split=can_split
-        )
-
-    def prices(
-        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, prefill_ms: float
-    ) -> tuple[float, float]:
-        scale = mixed_ms / (self._decode_alone_ms + prefill_ms)
-        return self._decode_alone_ms * scale, prefill_ms * scale
-
-
 def _bound_only(
     roofline: Roofline, limits: PolicyLimits, correction: StepTimeCorrection
 ) -> ForecastPolicy:
@@ -197,9 +155,14 @@ class NeverSplits(ForecastPolicy):
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        decode_only_share: float = 0.0,
     ) -> DuetPlan:
         return super().decide(
-            decode_context_lens, prefill_query_lens, prefill_context_lens, can_split=False
+            decode_context_lens,
+            prefill_query_lens,
+            prefill_context_lens,
+            can_split=False,
+            decode_only_share=decode_only_share,
         )
 
 
@@ -233,9 +196,6 @@ SYSTEMS = {
     "duet-no-contention": System("duet, blind to contention", ForecastPolicy, contention=False),
     "duet-no-correction": System("duet without the online correction", _uncorrected),
     "duet-bound-only": System("duet that splits only for the bound", _bound_only),
-    "duet-counts-tokens": System("duet, objective tokens a second", CountsTokens),
-    "duet-counts-alone": System("duet, objective GPU time alone", CountsAlone),
-    "duet-counts-phases": System("duet, both phases weighed the same", CountsPhases),
 }
 
 
