@@ -12,6 +12,7 @@ meets a recorder, so the forward can run on the lane at any later moment.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,7 +39,14 @@ from vllm.v1.worker.workspace import use_workspace_lane
 from vllm_duet.config import DuetConfig
 from vllm_duet.lanes import InFlight, LanePair
 from vllm_duet.lanes.serial import SerialLanePair
-from vllm_duet.plan import Join, JoinedPrefill, PrefillLaunch, StepDirective, directive_of
+from vllm_duet.plan import (
+    MAX_IN_FLIGHT,
+    Join,
+    JoinedPrefill,
+    PrefillLaunch,
+    StepDirective,
+    directive_of,
+)
 
 logger = init_logger(__name__)
 
@@ -52,18 +60,20 @@ class DuetModelRunnerMixin:
     lanes: LanePair
     preparing_prefill = False
     execute_model_state: Any
-    _prefill: InFlightPrefill | None
+    _in_flight: deque[InFlightPrefill]
     _directive: StepDirective | None
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
         self.lanes = make_lanes(DuetConfig.load(vllm_config.additional_config), device)
-        self._prefill = None
+        self._in_flight = deque()
         self._directive = None
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)  # type: ignore[misc]
-        self.prefill_state = PrefillLaneState(self)
+        # One for each prefill that may be in flight.
+        self.prefill_states = [PrefillLaneState(self) for _ in range(MAX_IN_FLIGHT)]
+        self.prefill_state = self.prefill_states[0]
 
     # A step: the decode batch first, then whatever the directive adds.
 
@@ -92,22 +102,21 @@ class DuetModelRunnerMixin:
             # After the decode step is queued, so that preparing the prefill
             # does not hold it up.
             self._launch(directive.launch)
-            return output
         return self._join(output, directive.join)
 
     # The prefill: prepared at its launch, run by its lane, taken along at the join.
 
     def _launch(self, launch: PrefillLaunch) -> None:
-        assert self._prefill is None, "at most one prefill is in flight"
+        assert len(self._in_flight) < MAX_IN_FLIGHT
+        self.prefill_state = self.prefill_states[launch.launch_id % MAX_IN_FLIGHT]
         recorder = ForwardRecorder()
         with self.lanes.exclusive(), self.prefill_state.installed(self, recorder):
             super().execute_model(launch.output)  # type: ignore[misc]
             state, self.execute_model_state = self.execute_model_state, None
         assert recorder.recorded is not None
         run = partial(self._run_prefill, recorder.recorded, state)
-        self._prefill = InFlightPrefill(
-            launch.launch_id, self.lanes.launch(run, launch.prefill_sms)
-        )
+        in_flight = self.lanes.launch(run, launch.prefill_sms)
+        self._in_flight.append(InFlightPrefill(launch.launch_id, in_flight))
 
     @torch.inference_mode()
     def _run_prefill(self, forward: RecordedForward, state: Any) -> Any:
@@ -128,12 +137,12 @@ class DuetModelRunnerMixin:
     def _join(
         self, step: ModelRunnerOutput | AsyncModelRunnerOutput | None, join: Join | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
-        prefill = self._prefill
-        if prefill is None or join is None:
+        if not self._in_flight or join is None:
             return step
+        prefill = self._in_flight[0]
         if join is Join.IF_DONE and not prefill.in_flight.done():
             return step
-        self._prefill = None
+        self._in_flight.popleft()
         assert step is not None
         return JoinedStep(step, prefill.launch_id, prefill.in_flight.result())
 

@@ -16,6 +16,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+MAX_IN_FLIGHT = 2
+"""One prefill that runs, and one behind it, so that its lane never waits for a join."""
+
+
 class Mode(StrEnum):
     """How one step is executed."""
 
@@ -80,7 +84,8 @@ class StepDirective:
 
     It travels as the attribute ``duet`` of a SchedulerOutput; a step without
     that attribute is a stock step. On a split step, ``launch`` is set and the
-    SchedulerOutput itself holds only the decode requests.
+    SchedulerOutput itself holds only the decode requests. Prefills join in the order
+    of their launches; with both ``launch`` and ``join``, the launch comes first.
     """
 
     launch: PrefillLaunch | None = None
@@ -109,12 +114,17 @@ def _prefill_rows(scheduler_output: Any) -> list[int]:
     """Which cached requests of a SchedulerOutput belong to the prefill of this step.
 
     A request that has sampled nothing yet does even when a single token of its
-    prompt is left, as after a full prefix-cache hit.
+    prompt is left, as after a full prefix-cache hit; so does one that resumes, since
+    what it finds in the prefix cache may be in flight.
     """
     tokens = scheduler_output.num_scheduled_tokens
     cached = scheduler_output.scheduled_cached_reqs
-    sampled = zip(cached.req_ids, cached.num_output_tokens, strict=True)
-    return [i for i, (req_id, n) in enumerate(sampled) if n == 0 or tokens[req_id] != 1]
+    sampled, resumed = cached.num_output_tokens, cached.resumed_req_ids
+    return [
+        row
+        for row, req_id in enumerate(cached.req_ids)
+        if sampled[row] == 0 or tokens[req_id] != 1 or req_id in resumed
+    ]
 
 
 def batch_of(scheduler_output: Any) -> tuple[list[int], list[int], list[int]]:

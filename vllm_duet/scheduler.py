@@ -36,6 +36,7 @@ from vllm_duet.config import DuetConfig
 from vllm_duet.forecast import NoForecastError, roofline_for
 from vllm_duet.metrics import DuetCounters
 from vllm_duet.plan import (
+    MAX_IN_FLIGHT,
     DuetPlan,
     Join,
     JoinedPrefill,
@@ -50,6 +51,7 @@ from vllm_duet.policy import (
     AGGREGATED_STEP,
     DECODE_LANE,
     DECODE_ONLY,
+    PREFILL_LANE,
     FixedModePolicy,
     ForecastPolicy,
     Policy,
@@ -74,19 +76,17 @@ FORCED_CAP = 256
 
 @dataclass(slots=True)
 class InFlightPrefill:
-    """The prefill between its launch and its join.
+    """A prefill between its launch and its join.
 
-    ``held`` are the requests kept out of ``Scheduler.running`` until the join:
-    those in flight and any other prompt that is only partly computed.
-    ``finished`` are requests in flight that ended meanwhile, as by an abort;
-    their KV blocks and request rows are given back at the join.
+    ``started_at`` is when its lane could begin with it. ``finished`` are requests of it
+    that ended meanwhile, as by an abort; their KV blocks and request rows are given back
+    at the join.
     """
 
     launch_id: int
     output: SchedulerOutput
     plan: DuetPlan
-    launched_at: float
-    held: list[Request]
+    started_at: float
     finished: list[Request] = field(default_factory=list)
 
     def __contains__(self, request: Request) -> bool:
@@ -106,7 +106,10 @@ class DuetScheduler(AsyncScheduler):
         learns = self.duet_config.correction and self.duet_config.mode == "auto"
         self._step_times = StepTimes(StepTimeCorrection() if learns else None)
         self._policy = make_policy(self.duet_config, vllm_config, self._step_times.correction)
-        self._prefill: InFlightPrefill | None = None
+        self._in_flight: list[InFlightPrefill] = []
+        self._held: list[Request] = []
+        """Kept out of ``running`` while prefills are in flight: their requests, and any
+        other prompt that is only partly computed."""
         self._joining = False
         self.num_launches = 0
         self.num_joins = 0
@@ -119,8 +122,8 @@ class DuetScheduler(AsyncScheduler):
     # Deciding
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        if self._prefill is not None:
-            return self._schedule_beside_prefill(self._prefill)
+        if self._in_flight:
+            return self._schedule_beside(self._in_flight[-1])
         if self._policy is None or not (self.waiting or self._inflight_prefills):
             return self._schedule_whole(throttle_prefills)
         decodes = [request for request in self.running if not request.is_prefill_chunk]
@@ -159,13 +162,23 @@ class DuetScheduler(AsyncScheduler):
         self._step_times.scheduled(output, _kind_of(output))
         return output
 
-    def _decide(self, policy: Policy, decodes: list[Request]) -> tuple[DuetPlan, int]:
+    def _decide(
+        self,
+        policy: Policy,
+        decodes: list[Request],
+        *,
+        newcomers_only: bool = False,
+        decode_sms: int | None = None,
+    ) -> tuple[DuetPlan, int]:
         """Ask the policy about the batch the stock scheduler is about to build.
 
-        Returns the plan, and how many prefill tokens the step should have by it.
+        ``decode_sms`` are the decode lane's if it is in use. Returns the plan, and how
+        many prefill tokens the step should have by it.
         """
         budget = self.max_num_scheduled_tokens - len(decodes)
-        prompts = [request for request in self.running if request.is_prefill_chunk]
+        prompts: list[Request] = []
+        if not newcomers_only:
+            prompts += (request for request in self.running if request.is_prefill_chunk)
         prompts += islice(self.waiting, MAX_WAITING_LOOKED_AT)
         query_lens: list[int] = []
         context_lens: list[int] = []
@@ -186,6 +199,7 @@ class DuetScheduler(AsyncScheduler):
             context_lens,
             can_split=not self._blockers and not self.kv_holding_waiting,
             decode_only_share=self._step_times.decode_only_share,
+            lane_in_use=decode_sms,
         )
         prefill_tokens = sum(query_lens)
         if plan.max_prefill_tokens is not None:
@@ -213,41 +227,41 @@ class DuetScheduler(AsyncScheduler):
         Returns the decode step, or ``None`` when this step has to stay whole.
         """
         parts = split_output(output)
-        if parts is None or not self._can_be_in_flight(parts[1]):
+        if parts is None:
             return None
         decode, prefill = parts
-        launch = PrefillLaunch(self.num_launches, prefill, plan.decode_sms, plan.prefill_sms)
+        if not all(_can_be_in_flight(self.requests[i]) for i in prefill.num_scheduled_tokens):
+            return None
         # The decodes that were running are still the first, unless one was preempted.
         first = 0 if output.preempted_req_ids else num_decodes
         decodes = self.running[:first]
-        held: list[Request] = []
         for request in self.running[first:]:
             in_flight = request.request_id in prefill.num_scheduled_tokens
-            (held if in_flight or request.is_prefill_chunk else decodes).append(request)
+            (self._held if in_flight or request.is_prefill_chunk else decodes).append(request)
         self.running = decodes
-        self._prefill = InFlightPrefill(
-            launch.launch_id, prefill, plan, self._step_times.clock(), held
+        launch = PrefillLaunch(self.num_launches, prefill, plan.decode_sms, plan.prefill_sms)
+        self._in_flight.append(
+            InFlightPrefill(launch.launch_id, prefill, plan, self._step_times.clock())
         )
+        behind = len(self._in_flight) > 1
         self.num_launches += 1
         self.num_steps[Mode.SPLIT] += 1
-        decode.duet = StepDirective(launch=launch, decode_sms=plan.decode_sms)
+        decode.duet = StepDirective(
+            launch=launch, join=Join.IF_DONE if behind else None, decode_sms=plan.decode_sms
+        )
         self._step_times.scheduled(decode, DECODE_LANE)
         return decode
 
-    def _can_be_in_flight(self, prefill: SchedulerOutput) -> bool:
-        # Structured output needs the grammar's bitmask when it samples, and a
-        # resumable session may change its prompt at any time.
-        requests = (self.requests[req_id] for req_id in prefill.num_scheduled_tokens)
-        return not any(r.use_structured_output or r.resumable for r in requests)
+    def _schedule_beside(self, prefill: InFlightPrefill) -> SchedulerOutput:
+        """A decode step while ``prefill`` is the last in flight.
 
-    def _schedule_beside_prefill(self, prefill: InFlightPrefill) -> SchedulerOutput:
-        """A decode step while a prefill is in flight.
-
-        The requests in flight are not in ``running``, so the stock step can
-        neither schedule nor preempt them, and it admits nobody: a newcomer
-        would prefill on the decode lane, and might read prefix-cache blocks
-        that the prefill in flight has registered but not written.
+        The requests in flight are not in ``running``, so the stock step can neither
+        schedule nor preempt them. It admits nobody, unless a prefill is launched to
+        follow: a newcomer would prefill on the decode lane, and might read
+        prefix-cache blocks that a prefill in flight has registered but not written.
         """
+        if (plan := self._plan_to_follow(prefill)) is not None:
+            return self._launch_behind(prefill, plan)
         pause_state, kv_holding = self._pause_state, self.kv_holding_waiting
         if pause_state is PauseState.UNPAUSED:
             self._pause_state = PauseState.PAUSED_NEW
@@ -256,6 +270,9 @@ class DuetScheduler(AsyncScheduler):
             output = super().schedule()
         finally:
             self._pause_state, self.kv_holding_waiting = pause_state, kv_holding
+        return self._beside(output, prefill)
+
+    def _beside(self, output: SchedulerOutput, prefill: InFlightPrefill) -> SchedulerOutput:
         join, forecast_ms = Join.WAIT, 0.0
         if output.total_num_scheduled_tokens:
             join, forecast_ms = Join.IF_DONE, prefill.plan.tbt_ms
@@ -263,6 +280,49 @@ class DuetScheduler(AsyncScheduler):
         self._step_times.scheduled(output, DECODE_LANE, forecast_ms)
         output.duet = StepDirective(join=join, decode_sms=prefill.plan.decode_sms)
         return output
+
+    def _plan_to_follow(self, prefill: InFlightPrefill) -> DuetPlan | None:
+        """The plan for newcomers as the next prefill on the lane, where there is to be one.
+
+        Only newcomers: a prompt in flight has its rows updated when its chunk is joined.
+        """
+        if len(self._in_flight) == MAX_IN_FLIGHT or not self.waiting or not self.running:
+            return None
+        if self._policy is None or self._pause_state is not PauseState.UNPAUSED:
+            return None
+        if self.kv_holding_waiting or self._ends_later(prefill):
+            return None
+        rooms = self.max_num_active_reqs - len(self.running) - len(self._held)
+        if rooms <= 0 or not all(map(_can_be_in_flight, self.waiting)):
+            return None
+        # Nobody may be preempted now for a block, least of all who is in flight.
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        if free <= len(self.running) * len(self.kv_cache_config.kv_cache_groups):
+            return None
+        plan, _ = self._decide(
+            self._policy, self.running, newcomers_only=True, decode_sms=prefill.plan.decode_sms
+        )
+        return plan if plan.mode is Mode.SPLIT else None
+
+    def _ends_later(self, prefill: InFlightPrefill) -> bool:
+        """Whether the lane stays busy past the step that is about to be scheduled."""
+        correction, plan = self._step_times.correction, prefill.plan
+        factor = correction.factor(PREFILL_LANE) if correction else 1.0
+        # The step before it may have just begun.
+        soon = prefill.started_at + 1e-3 * (plan.prefill_ms * factor - 2 * plan.tbt_ms)
+        return self._step_times.clock() < soon
+
+    def _launch_behind(self, prefill: InFlightPrefill, plan: DuetPlan) -> SchedulerOutput:
+        """A decode step that also launches newcomers, to run when ``prefill`` is done."""
+        num_decodes, rooms = len(self.running), self.max_num_active_reqs
+        self.max_num_active_reqs = rooms - len(self._held)
+        try:
+            with self._prefill_tokens_capped(num_decodes, plan.max_prefill_tokens):
+                output = super().schedule()
+        finally:
+            self.max_num_active_reqs = rooms
+        decode = self._split(output, plan, num_decodes)
+        return self._beside(output, prefill) if decode is None else decode
 
     # Joining
 
@@ -279,10 +339,16 @@ class DuetScheduler(AsyncScheduler):
         return outputs
 
     def _join(self, joined: JoinedPrefill) -> dict[int, EngineCoreOutputs]:
-        prefill, self._prefill = self._prefill, None
-        assert prefill is not None and prefill.launch_id == joined.launch_id
-        self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.launched_at)
-        self.running = self.running + prefill.held
+        prefill = self._in_flight.pop(0)
+        assert prefill.launch_id == joined.launch_id
+        self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.started_at)
+        held, self._held = self._held, []
+        for request in held:
+            behind = any(request in other for other in self._in_flight)
+            stays = behind or (self._in_flight and request.is_prefill_chunk)
+            (self._held if stays else self.running).append(request)
+        for other in self._in_flight:
+            other.started_at = self._step_times.clock()
         finished = {request.request_id for request in prefill.finished}
         self._joining = True
         try:
@@ -298,13 +364,13 @@ class DuetScheduler(AsyncScheduler):
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        prefill = self._prefill
-        if prefill is not None and request in prefill.held:
-            prefill.held.remove(request)
-            if request in prefill:
-                # The lane still reads and writes its blocks and its row.
-                prefill.finished.append(request)
-                return None, None
+        if request in self._held:
+            self._held.remove(request)
+            for prefill in self._in_flight:
+                if request in prefill:
+                    # The lane still reads and writes its blocks and its row.
+                    prefill.finished.append(request)
+                    return None, None
         return super()._free_request(request, delay_free_blocks)
 
     # What vLLM asks of a scheduler, counting what is in flight
@@ -320,20 +386,24 @@ class DuetScheduler(AsyncScheduler):
 
     def get_request_counts(self) -> tuple[int, int]:
         num_running, num_waiting = super().get_request_counts()
-        if self._prefill is not None:
-            num_running += len(self._prefill.held)
-        return num_running, num_waiting
+        return num_running + len(self._held), num_waiting
 
     def has_requests(self) -> bool:
-        return self._prefill is not None or super().has_requests()
+        return bool(self._in_flight) or super().has_requests()
 
     def reset_prefix_cache(
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
-        if self._prefill is not None:
+        if self._in_flight:
             logger.warning("The prefix cache was not reset: a prefill is in flight. Try again.")
             return False
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+
+def _can_be_in_flight(request: Request) -> bool:
+    # Structured output needs the grammar's bitmask when it samples, and a
+    # resumable session may change its prompt at any time.
+    return not (request.use_structured_output or request.resumable)
 
 
 def _kind_of(output: SchedulerOutput) -> str:

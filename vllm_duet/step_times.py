@@ -18,9 +18,9 @@ from typing import Any
 from vllm_duet.policy import DECODE_ONLY, PREFILL_LANE
 from vllm_duet.roofline import StepTimeCorrection
 
-SHARE_SECONDS = 1.0
-"""Over which the share of decode-only time is averaged: some dozens of steps, so that it
-outlasts a prompt, and follows a burst of them."""
+SHARE_SECONDS = 0.3
+"""Over which the share of decode-only time is averaged: some dozen steps, so that it
+outlasts a prompt, and follows a burst of them. Simulated: with 1 s prompts wait longer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,7 @@ class Engine:
         self.llm_engine.output_processor.abort_requests(
             list(self.llm_engine.output_processor.request_states), internal=True
         )
-        self.runner._prefill = None
+        self.runner._in_flight.clear()
         for request_id in list(self.runner.req_states.req_id_to_index):
             self.runner._remove_request(request_id)
 

@@ -22,16 +22,22 @@ class CountingScheduler(DuetScheduler):
 
     def _join(self, joined):
         self.seen["joins"] += 1
-        self.seen["joins of an aborted request"] += bool(self._prefill.finished)
+        self.seen["joins of an aborted request"] += bool(self._in_flight[0].finished)
         return super()._join(joined)
 
     def _preempt_request(self, request, *args, **kwargs):
         self.seen["preemptions"] += 1
-        self.seen["preemptions beside a prefill"] += self._prefill is not None
+        self.seen["preemptions beside a prefill"] += bool(self._in_flight)
         super()._preempt_request(request, *args, **kwargs)
 
-    def _schedule_beside_prefill(self, prefill):
-        output = super()._schedule_beside_prefill(prefill)
+    def _launch_behind(self, prefill, plan):
+        in_flight = len(self._in_flight)
+        output = super()._launch_behind(prefill, plan)
+        self.seen["launches behind a prefill"] += len(self._in_flight) - in_flight
+        return output
+
+    def _schedule_beside(self, prefill):
+        output = super()._schedule_beside(prefill)
         decodes = output.total_num_scheduled_tokens
         self.seen["decode steps beside a prefill"] += bool(decodes)
         self.seen["pure join steps"] += not decodes
@@ -40,12 +46,10 @@ class CountingScheduler(DuetScheduler):
 
 def assert_blocks_kept(step: int, scheduler: Any) -> None:
     """Rule 1 of docs/design.md: no block of a prefill in flight is free."""
-    prefill = getattr(scheduler, "_prefill", None)
-    if prefill is None:
-        return
-    for request_id in prefill.output.num_scheduled_tokens:
-        for group in scheduler.kv_cache_manager.get_blocks(request_id).blocks:
-            assert all(block.ref_cnt > 0 for block in group)
+    for prefill in getattr(scheduler, "_in_flight", ()):
+        for request_id in prefill.output.num_scheduled_tokens:
+            for group in scheduler.kv_cache_manager.get_blocks(request_id).blocks:
+                assert all(block.ref_cnt > 0 for block in group)
 
 
 def serve(

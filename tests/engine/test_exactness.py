@@ -38,5 +38,6 @@ def test_the_mixes_reached_what_they_are_for():
         "preemptions",
         "decode steps beside a prefill",
         "pure join steps",
+        "launches behind a prefill",
     ):
         assert CountingScheduler.seen[wanted], wanted

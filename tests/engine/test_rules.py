@@ -18,6 +18,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_duet.plan import Join, StepDirective
+from vllm_duet.policy import DECODE_LANE
 from vllm_duet.scheduler import DuetScheduler
 
 HOLD_STEPS = 8
@@ -50,8 +51,8 @@ class GivesBlocksAway(DuetScheduler):
     """Frees an aborted request at once although its prefill is in flight."""
 
     def _free_request(self, request, delay_free_blocks=False):
-        if self._prefill is not None and request in self._prefill.held:
-            self._prefill.held.remove(request)
+        if request in self._held:
+            self._held.remove(request)
         return AsyncScheduler._free_request(self, request, delay_free_blocks)
 
 
@@ -104,12 +105,28 @@ def share_block_tables(runner, state):
 def test_shared_buffers_are_noticed(roomy, beside_decodes, share):
     stock = roomy.run(beside_decodes, AsyncScheduler)
     assert all_equal(stock, serve(roomy, beside_decodes, "late", 3, mode="split"))
-    own = vars(roomy.runner.prefill_state).copy()
-    share(roomy.runner, roomy.runner.prefill_state)
+    states = roomy.runner.prefill_states
+    own = [vars(state).copy() for state in states]
+    for state in states:
+        share(roomy.runner, state)
     try:
         assert noticed(roomy, stock, beside_decodes, 3)
     finally:
-        vars(roomy.runner.prefill_state).update(own)
+        for state, kept in zip(states, own, strict=True):
+            vars(state).update(kept)
+
+
+def test_buffers_shared_by_two_prefills_are_noticed(roomy, beside_decodes):
+    stock = roomy.run(beside_decodes, AsyncScheduler)
+    before = CountingScheduler.seen["launches behind a prefill"]
+    assert all_equal(stock, serve(roomy, beside_decodes, "late", 6, mode="split"))
+    assert CountingScheduler.seen["launches behind a prefill"] > before
+    states = roomy.runner.prefill_states
+    roomy.runner.prefill_states = [states[0]] * len(states)
+    try:
+        assert noticed(roomy, stock, beside_decodes, 6)
+    finally:
+        roomy.runner.prefill_states = states
 
 
 # Rule 5: nobody reads prefix-cache blocks that a prefill in flight has yet to write.
@@ -118,8 +135,9 @@ def test_shared_buffers_are_noticed(roomy, beside_decodes, share):
 class AdmitsBesidePrefill(DuetScheduler):
     """Lets newcomers in while a prefill is in flight."""
 
-    def _schedule_beside_prefill(self, prefill):
+    def _schedule_beside(self, prefill):
         output = AsyncScheduler.schedule(self)
+        self._step_times.scheduled(output, DECODE_LANE)
         join = Join.IF_DONE if output.total_num_scheduled_tokens else Join.WAIT
         output.duet = StepDirective(join=join)
         return output

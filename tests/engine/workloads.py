@@ -20,11 +20,12 @@ def in_flight(request_id: str) -> Any:
     """Says whether the scheduler has a prefill of ``request_id`` in flight."""
 
     def check(scheduler: Any) -> bool:
-        prefill = getattr(scheduler, "_prefill", None)
-        if prefill is None:
-            return False
         # vLLM appends a random suffix to a client's request id.
-        return any(i.rsplit("-", 1)[0] == request_id for i in prefill.output.num_scheduled_tokens)
+        return any(
+            i.rsplit("-", 1)[0] == request_id
+            for prefill in getattr(scheduler, "_in_flight", ())
+            for i in prefill.output.num_scheduled_tokens
+        )
 
     return check
 

@@ -40,9 +40,10 @@ class LanePair(ABC):
 
     @abstractmethod
     def launch(self, prefill: Callable[[], T], prefill_sms: int) -> InFlight[T]:
-        """Put ``prefill`` in flight on ``prefill_sms`` SMs; at most one at a time.
+        """Put ``prefill`` in flight on ``prefill_sms`` SMs, behind any that is already.
 
-        Work the caller has queued before is ordered before ``prefill``.
+        Prefills run in the order of their launches, and ``result`` is asked in that
+        order. Work the caller has queued before is ordered before ``prefill``.
         """
 
     @abstractmethod

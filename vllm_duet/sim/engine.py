@@ -90,7 +90,7 @@ class SimulatedEngine:
         self._costs = costs or CpuCosts()
         self._join_after_lookahead = join_after_lookahead
         self._queue: deque[tuple[SchedulerOutput, ModelRunnerOutput, Ran]] = deque()
-        self._prefill_result: ModelRunnerOutput | None = None
+        self._prefill_results: dict[int, ModelRunnerOutput] = {}
 
     def run(
         self,
@@ -160,12 +160,14 @@ class SimulatedEngine:
         directive = getattr(output, "duet", None)
         join_after = None
         if directive is not None and directive.launch is not None:
-            self._prefill_result = self._made_up(directive.launch.output)
+            launch = directive.launch
+            self._prefill_results[launch.launch_id] = self._made_up(launch.output)
             if self._join_after_lookahead:
                 join_after = self.scheduler.plan_in_flight.lookahead
         ran = self.gpu.run(output, self.clock.ms + self._costs.launch_ms, join_after)
         if ran.joined is not None:
-            result.duet = JoinedPrefill(ran.joined.launch_id, self._prefill_result)
+            launch_id = ran.joined.launch_id
+            result.duet = JoinedPrefill(launch_id, self._prefill_results.pop(launch_id))
         # The engine's thread launches an eager prefill kernel by kernel.
         self.clock.ms += ran.launch_cpu_ms
         return result, ran

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -159,12 +160,14 @@ class SimulatedGpu:
         self.intervals: list[Interval] = []
         self._random = Random(seed)
         self._free_at = 0.0
-        self._prefill: _InFlight | None = None
+        self._prefills: deque[_InFlight] = deque()
 
     def run(self, output: SchedulerOutput, now_ms: float, join_after: int | None = None) -> Ran:
         """Queue a step at ``now_ms``; it starts when the step before it has ended.
 
-        A prefill it launches may join at the first step that finds it done or, with
+        A prefill it launches starts with it, or when the one in flight has ended.
+
+        A prefill may join at the first step that finds it done or, with
         ``join_after``, after that many decode steps and not before.
         """
         start = max(now_ms, self._free_at)
@@ -175,7 +178,8 @@ class SimulatedGpu:
         if directive.launch is not None:
             launch_ms = self._launch(directive.launch, start, join_after)
             end = self._decode(start, decodes, directive.decode_sms)
-            return Ran(end, launch_cpu_ms=launch_ms)
+            ran = self._join(end, wait=False) if directive.join else Ran(end)
+            return replace(ran, launch_cpu_ms=launch_ms)
         end = self._decode(start, decodes, directive.decode_sms) if decodes else start
         return self._join(end, wait=directive.join is Join.WAIT)
 
@@ -201,42 +205,46 @@ class SimulatedGpu:
         summary = self.truth.prefill(query_lens, context_lens)
         interval = Interval("prefill", "split", start, start, 0, tokens, sms)
         launch_ms = self.truth.launch_ms(tokens)
-        self._prefill = _InFlight(
-            launch,
-            summary,
-            max(self.truth.lane_ms(summary, sms), launch_ms),
-            self._noise(),
-            interval,
-            start,
-            join_after,
+        self._prefills.append(
+            _InFlight(
+                launch,
+                summary,
+                max(self.truth.lane_ms(summary, sms), launch_ms),
+                self._noise(),
+                interval,
+                start,
+                join_after,
+            )
         )
         self.intervals.append(interval)
         return launch_ms
 
     def _decode(self, start: float, decodes: list[int], sms: int) -> float:
-        """A decode step on its lane, beside the prefill for as long as that lasts."""
+        """A decode step on its lane, beside the prefills for as long as they last."""
         summary = self.truth.decode(decodes)
         noise = self._noise()
         alone_ms = self.truth.lane_ms(summary, sms) * noise
-        prefill = self._prefill
-        if prefill is not None:
-            self._prefill_alone_until(prefill, start)
-        if prefill is None or prefill.left <= 0:
-            end = start + alone_ms
-        else:
+        now, left = start, 1.0
+        for prefill in self._prefills:
+            self._prefill_alone_until(prefill, now)
+            if prefill.left <= 0:
+                continue
             decode_ms, prefill_ms = self.truth.pair_ms(
                 summary, prefill.summary, sms, prefill.launch.prefill_sms
             )
             decode_ms *= noise
             prefill_ms = max(prefill_ms, prefill.alone_ms) * prefill.noise
-            until_done = prefill.left * prefill_ms
-            if until_done >= decode_ms:
-                end = start + decode_ms
-                prefill.left -= decode_ms / prefill_ms
-                prefill.at_ms = end
-            else:
-                prefill.left, prefill.at_ms = 0.0, start + until_done
-                end = start + until_done + (1 - until_done / decode_ms) * alone_ms
+            together = min(left * decode_ms, prefill.left * prefill_ms)
+            done = together == prefill.left * prefill_ms
+            prefill.left = 0.0 if done else prefill.left - together / prefill_ms
+            left -= together / decode_ms
+            now += together
+            prefill.at_ms = now
+            self._start_next(prefill)
+            if not done:
+                left = 0.0
+                break
+        end = now + max(left, 0.0) * alone_ms
         self.intervals.append(Interval("decode", "split", start, end, len(decodes), 0, sms))
         self._free_at = end
         return end
@@ -247,11 +255,20 @@ class SimulatedGpu:
             done = prefill.at_ms + prefill.left * alone_ms
             prefill.left = max(0.0, prefill.left - (now - prefill.at_ms) / alone_ms)
             prefill.at_ms = min(now, done)
+            self._start_next(prefill)
+
+    def _start_next(self, prefill: _InFlight) -> None:
+        """Where ``prefill`` has just ended, the one behind it begins."""
+        prefill.interval.end_ms = prefill.at_ms
+        behind = self._prefills.index(prefill) + 1
+        if prefill.left <= 0 and behind < len(self._prefills):
+            follower = self._prefills[behind]
+            follower.at_ms = follower.interval.start_ms = max(follower.at_ms, prefill.at_ms)
 
     def _join(self, end: float, wait: bool) -> Ran:
-        prefill = self._prefill
-        if prefill is None:
+        if not self._prefills:
             return Ran(end)
+        prefill = self._prefills[0]
         prefill.steps += 1
         if prefill.join_after is not None and not wait:
             if prefill.steps < prefill.join_after:
@@ -262,7 +279,6 @@ class SimulatedGpu:
             end = max(end, prefill.at_ms)
         elif prefill.left > 0:
             return Ran(end)
-        prefill.interval.end_ms = prefill.at_ms
-        self._prefill = None
+        self._prefills.popleft()
         self._free_at = max(self._free_at, end)
         return Ran(end, joined=prefill.launch)

@@ -186,6 +186,7 @@ class Simulation:
                 SimulatedDuetScheduler,
                 policy=functools.partial(self.system.policy, roofline, limits),
                 clock=clock,
+                follows=self.system.follows,
             )
         return SimulatedEngine(
             scheduler,

@@ -20,7 +20,7 @@ from vllm_duet.roofline import (
     Roofline,
     StepTimeCorrection,
 )
-from vllm_duet.scheduler import DuetScheduler
+from vllm_duet.scheduler import DuetScheduler, InFlightPrefill
 from vllm_duet.sim.engine import SimulatedClock
 from vllm_duet.step_times import StepTimes
 
@@ -35,6 +35,7 @@ class System:
     policy: PolicyFactory | None
     event_join: bool = True
     contention: bool = True
+    follows: bool = True
 
 
 class SimulatedDuetScheduler(DuetScheduler):
@@ -45,6 +46,7 @@ class SimulatedDuetScheduler(DuetScheduler):
         *args: Any,
         policy: Callable[[StepTimeCorrection], Policy],
         clock: SimulatedClock,
+        follows: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -52,12 +54,15 @@ class SimulatedDuetScheduler(DuetScheduler):
         correction = StepTimeCorrection()
         self._step_times = StepTimes(correction, clock)
         self._policy = policy(correction)
+        self._follows = follows
+
+    def _plan_to_follow(self, prefill: InFlightPrefill) -> DuetPlan | None:
+        return super()._plan_to_follow(prefill) if self._follows else None
 
     @property
     def plan_in_flight(self) -> DuetPlan:
-        """The plan of the prefill in flight."""
-        assert self._prefill is not None
-        return self._prefill.plan
+        """The plan of the prefill launched last."""
+        return self._in_flight[-1].plan
 
 
 class NoContention(Roofline):
@@ -97,6 +102,7 @@ class PaperPolicy:
         *,
         can_split: bool,
         decode_only_share: float = 0.0,
+        lane_in_use: int | None = None,
     ) -> DuetPlan:
         decode = self._roofline.decode_summary(decode_context_lens)
         prefill = self._roofline.prefill_summary(prefill_query_lens, prefill_context_lens)
@@ -135,6 +141,29 @@ class Uncapped(ForecastPolicy):
         return np.array([prefill_tokens])
 
 
+class CountsTokens(ForecastPolicy):
+    """The objective is tokens a second."""
+
+    def decode_price(
+        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, *_: float
+    ) -> float:
+        return mixed_ms * num_decodes / (num_decodes + prefill_tokens)
+
+
+class CountsAlone(ForecastPolicy):
+    """A decode step is worth what it costs alone, whatever the decodes have waited for."""
+
+    def decode_price(self, *args: float) -> float:
+        return super().decode_price(*args[:-1], decode_only_share=1.0)  # type: ignore[arg-type,misc]
+
+
+class CountsAdded(ForecastPolicy):
+    """A decode step is worth what it adds to a mixed step."""
+
+    def decode_price(self, *args: float) -> float:
+        return super().decode_price(*args[:-1], decode_only_share=0.0)  # type: ignore[arg-type,misc]
+
+
 def _bound_only(
     roofline: Roofline, limits: PolicyLimits, correction: StepTimeCorrection
 ) -> ForecastPolicy:
@@ -156,6 +185,7 @@ class NeverSplits(ForecastPolicy):
         *,
         can_split: bool,
         decode_only_share: float = 0.0,
+        lane_in_use: int | None = None,
     ) -> DuetPlan:
         return super().decide(
             decode_context_lens,
@@ -163,6 +193,7 @@ class NeverSplits(ForecastPolicy):
             prefill_context_lens,
             can_split=False,
             decode_only_share=decode_only_share,
+            lane_in_use=lane_in_use,
         )
 
 
@@ -187,10 +218,19 @@ SYSTEMS = {
         PaperPolicy,
         event_join=False,
         contention=False,
+        follows=False,
     ),
     "fixed-split": System("always split, 30 % of the SMs for decode", _fixed(0.3)),
     "disaggregated": System("stock, prefill and decode on a GPU each, counted per GPU", None),
-    "duet-join-after-k": System("duet, joined after k steps", ForecastPolicy, event_join=False),
+    "duet-join-after-k": System(
+        "duet, joined after k steps", ForecastPolicy, event_join=False, follows=False
+    ),
+    "duet-one-in-flight": System(
+        "duet that never launches a prefill behind another", ForecastPolicy, follows=False
+    ),
+    "duet-counts-tokens": System("duet, objective tokens a second", CountsTokens),
+    "duet-counts-alone": System("duet, a decode step worth one alone", CountsAlone),
+    "duet-counts-added": System("duet, a decode step worth what it adds", CountsAdded),
     "duet-no-caps": System("duet without CAPPED", Uncapped),
     "duet-no-splits": System("duet without SPLIT", NeverSplits),
     "duet-no-contention": System("duet, blind to contention", ForecastPolicy, contention=False),

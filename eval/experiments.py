@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulated experiments, one command each; results under eval/results/sim.
+
+    python eval/experiments.py goodput --traces FOLDER
+    python eval/experiments.py sweep --traces FOLDER
+    python eval/experiments.py ratios --traces FOLDER
+    python eval/experiments.py ablation --traces FOLDER
+
+FOLDER holds the public traces: azure-code-2023.csv and azure-conv-2023.csv
+(Azure/AzurePublicDataset), mooncake-conversation.jsonl (kvcache-ai/Mooncake). A run that is
+on disk and whose code has not changed is not run again. Each writes a JSON file and a plot.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from runs import (
+    DEFAULT_BUDGET,
+    RESULTS,
+    STOCK_BUDGETS,
+    WORKLOADS,
+    Run,
+    Runs,
+    goodputs,
+)
+
+from vllm_duet.sim.results import provenance
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+Traces = Annotated[Path, typer.Option(exists=True, file_okay=False, help="The public traces.")]
+
+TRACES = ("azure-code", "azure-conv", "mooncake")
+MODEL_ERRORS = (0.0, 0.1, 0.2)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's, which the colour-blind can tell apart."""
+
+
+@app.command()
+def goodput(traces: Traces) -> None:
+    """The highest rate within p99 TBT and TTFT limits: duet, and what it has to beat."""
+    runs, rows = Runs(traces), []
+    for bound in (100.0, 50.0, 25.0):
+        for workload in (*TRACES, "4096/512"):
+            stock = [Run(workload, "stock", 0, b, bound) for b in STOCK_BUDGETS]
+            duet = [Run(workload, "duet", 0, tbt_slo_ms=bound, model_error=e) for e in MODEL_ERRORS]
+            others = [
+                Run(workload, name, 0, tbt_slo_ms=bound, model_error=0.1)
+                for name in ("paper", "fixed-split", "disaggregated")
+            ]
+            asked = stock + duet + others
+            found = goodputs(runs, asked)
+            best = max(found[: len(stock)])
+            default = found[STOCK_BUDGETS.index(DEFAULT_BUDGET)]
+            rows += [
+                {
+                    "workload": workload,
+                    "tbt_slo_ms": bound,
+                    "ttft_slo_ms": WORKLOADS[workload].ttft_slo_ms,
+                    "system": run.label,
+                    "model_error": run.model_error,
+                    "goodput": rate,
+                    "over_default": rate / default if default else None,
+                    "over_best_static": rate / best if best else None,
+                }
+                for run, rate in zip(asked, found, strict=True)
+            ]
+            _write("goodput", rows)
+    _print(
+        rows,
+        ("workload", "tbt_slo_ms", "system", "model_error"),
+        ("goodput", "over_default", "over_best_static"),
+    )
+
+
+@app.command()
+def sweep(traces: Traces) -> None:
+    """Throughput, TBT and TTFT against the rate, on the public traces."""
+    runs, rows = Runs(traces), []
+    shares = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15)
+    for workload in TRACES:
+        stock = [Run(workload, "stock", 0, b) for b in STOCK_BUDGETS]
+        found = goodputs(runs, stock)
+        best = STOCK_BUDGETS[max(range(len(stock)), key=lambda i: found[i])]
+        rates = [round(max(found) * share, 3) for share in shares]
+        asked = [
+            Run(workload, name, rate, budget, model_error=error)
+            for rate in rates
+            for name, budget, error in (
+                ("stock", DEFAULT_BUDGET, 0.0),
+                ("stock", best, 0.0),
+                *(("duet", DEFAULT_BUDGET, error) for error in MODEL_ERRORS),
+                ("paper", DEFAULT_BUDGET, 0.1),
+                ("fixed-split", DEFAULT_BUDGET, 0.1),
+                ("disaggregated", DEFAULT_BUDGET, 0.0),
+            )
+        ]
+        rows += _rows(asked, runs.of(asked, workload))
+        _write("sweep", rows)
+    _plot_sweep(rows)
+    _print(rows, ("workload", "rate", "system", "model_error"), FIGURES)
+
+
+@app.command()
+def ratios(traces: Traces) -> None:
+    """Goodput by the ratio of prompt to answer, and with long contexts; bound 100 ms."""
+    runs, rows = Runs(traces), []
+    names = [name for name, workload in WORKLOADS.items() if workload.file is None]
+    for name in names:
+        asked = [Run(name, "stock", 0, b) for b in (512, 1024, 2048, 4096, DEFAULT_BUDGET)]
+        asked += [Run(name, "duet", 0, model_error=0.1), Run(name, "paper", 0, model_error=0.1)]
+        found = goodputs(runs, asked)
+        best = max(found[:-2])
+        rows += [
+            {
+                "workload": name,
+                "system": run.label,
+                "model_error": run.model_error,
+                "goodput": rate,
+                "over_best_static": rate / best if best else None,
+            }
+            for run, rate in zip(asked, found, strict=True)
+        ]
+        _write("ratios", rows)
+    _print(rows, ("workload", "system"), ("goodput", "over_best_static"))
+
+
+ABLATIONS = (
+    "duet",
+    "duet-join-after-k",
+    "duet-one-in-flight",
+    "duet-no-caps",
+    "duet-no-splits",
+    "duet-no-contention",
+    "duet-no-correction",
+    "duet-bound-only",
+    "duet-counts-tokens",
+    "duet-counts-alone",
+    "duet-counts-added",
+    "paper",
+)
+
+
+@app.command()
+def ablation(traces: Traces) -> None:
+    """Each of our additions to the paper taken away, and other objectives.
+
+    At the highest rate that the best static budget serves within the limits.
+    """
+    runs, rows = Runs(traces), []
+    for workload in (*TRACES, "4096/512"):
+        found = goodputs(runs, [Run(workload, "stock", 0, b) for b in STOCK_BUDGETS])
+        rate = round(max(found), 3)
+        best = STOCK_BUDGETS[max(range(len(found)), key=lambda i: found[i])]
+        asked = [Run(workload, "stock", rate, best)]
+        asked += [Run(workload, name, rate, model_error=0.1) for name in ABLATIONS]
+        rows += _rows(asked, runs.of(asked, workload))
+        _write("ablation", rows)
+    _print(rows, ("workload", "rate", "system"), FIGURES)
+
+
+FIGURES = (
+    "output_throughput",
+    "ttft_mean_ms",
+    "ttft_p99_ms",
+    "tbt_mean_ms",
+    "tbt_p99_ms",
+    "tbt_within_slo",
+    "split_share",
+)
+
+
+def _rows(asked: Sequence[Run], figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "workload": run.workload,
+            "rate": run.rate,
+            "system": run.label,
+            "model_error": run.model_error,
+            "tbt_slo_ms": run.tbt_slo_ms,
+            "output_throughput": f["output_throughput"],
+            "ttft_mean_ms": f["ttft_ms"]["mean"],
+            "ttft_p99_ms": f["ttft_ms"]["p99"],
+            "tbt_mean_ms": f["tbt_ms"]["mean"],
+            "tbt_p99_ms": f["tbt_ms"]["p99"],
+            "tbt_within_slo": f["tbt_within_slo"],
+            "split_share": f["lane_utilization"]["decode"],
+            "preemptions": f["preemptions"],
+        }
+        for run, f in zip(asked, figures, strict=True)
+    ]
+
+
+def _write(name: str, rows: list[dict[str, Any]]) -> None:
+    head = provenance(shlex.join(["python", "eval/experiments.py", *sys.argv[1:2]]))
+    head |= {
+        "model": "Qwen3-8B, bf16",
+        "gpu": "h100-sxm profile, not measured",
+        "requests": {name: workload.count for name, workload in WORKLOADS.items()},
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"provenance": head, "rows": rows}, indent=1) + "\n"
+    )
+
+
+def _plot_sweep(rows: list[dict[str, Any]]) -> None:
+    panels = (
+        ("output_throughput", "output tokens/s", "linear"),
+        ("tbt_mean_ms", "mean TBT, ms", "linear"),
+        ("tbt_p99_ms", "p99 TBT, ms", "log"),
+        ("ttft_mean_ms", "mean TTFT, ms", "log"),
+        ("ttft_p99_ms", "p99 TTFT, ms", "log"),
+    )
+    for workload in sorted({row["workload"] for row in rows}):
+        mine = [row for row in rows if row["workload"] == workload and row["model_error"] != 0.2]
+        systems = list(
+            dict.fromkeys(
+                row["system"] for row in mine if row["system"] != "duet" or row["model_error"]
+            )
+        )
+        figure = Figure(figsize=(20, 4), layout="constrained")
+        for axes, (key, label, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            for colour, system in zip(COLOURS, systems, strict=False):
+                points = [
+                    (row["rate"], row[key])
+                    for row in mine
+                    if row["system"] == system and (system != "duet" or row["model_error"])
+                ]
+                axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=system)
+            if key == "tbt_p99_ms":
+                axes.axhline(100, color="grey", linestyle="--", linewidth=1)
+            axes.set(xlabel="requests/s for each GPU", ylabel=label, yscale=scale)
+        axes.legend()
+        figure.suptitle(f"{workload}, simulated: Qwen3-8B on an H100, model error 10 %")
+        figure.savefig(RESULTS / f"sweep-{workload}.svg", metadata={"Date": None})
+
+
+def _print(rows: list[dict[str, Any]], names: Sequence[str], figures: Sequence[str]) -> None:
+    table = Table(*names, *figures)
+    for row in rows:
+        cells = [f"{row[f]:.3g}" if row[f] is not None else "-" for f in figures]
+        table.add_row(*(str(row[name]) for name in names), *cells)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    app()
