@@ -66,15 +66,15 @@ def _synthetic(input_length: int, output_length: int, *numbers: float) -> Worklo
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("azure-code", 1000, 15_000, 2, 20, "azure-code-2023.csv"),
-        Workload("azure-conv", 1000, 2000, 6, 50, "azure-conv-2023.csv"),
-        Workload("mooncake", 400, 10_000, 0.5, 5, "mooncake-conversation.jsonl"),
-        _synthetic(4096, 512, 300, 4000, 1, 16),
-        _synthetic(1024, 1024, 400, 2000, 2, 40),
-        _synthetic(2048, 128, 500, 2000, 2, 40),
-        _synthetic(8192, 256, 250, 6000, 0.5, 12),
-        _synthetic(16384, 1024, 120, 10_000, 0.2, 4),
-        _synthetic(32768, 512, 100, 20_000, 0.1, 3),
+        Workload("azure-code", 600, 15_000, 2, 16, "azure-code-2023.csv"),
+        Workload("azure-conv", 800, 2000, 5, 32, "azure-conv-2023.csv"),
+        Workload("mooncake", 250, 10_000, 0.4, 4, "mooncake-conversation.jsonl"),
+        _synthetic(4096, 512, 200, 4000, 1, 8),
+        _synthetic(1024, 1024, 250, 2000, 2, 20),
+        _synthetic(2048, 128, 300, 2000, 3, 20),
+        _synthetic(8192, 256, 150, 6000, 0.5, 5),
+        _synthetic(16384, 1024, 80, 10_000, 0.2, 2),
+        _synthetic(32768, 512, 60, 20_000, 0.1, 1),
     )
 }
 
@@ -203,7 +203,7 @@ def keeps(figures: dict[str, Any], tbt_slo_ms: float, ttft_slo_ms: float) -> boo
     return bool(figures["tbt_ms"]["p99"] <= tbt_slo_ms and figures["ttft_ms"]["p99"] <= ttft_slo_ms)
 
 
-def goodputs(runs: Runs, asked: Sequence[Run], step: float = 1.04) -> list[float]:
+def goodputs(runs: Runs, asked: Sequence[Run], step: float = 1.05) -> list[float]:
     """For each run, whatever its rate, the highest rate that keeps both limits.
 
     Rates are on a grid of the ratio ``step``; 0 where even the workload's lowest breaks

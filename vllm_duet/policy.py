@@ -34,11 +34,32 @@ MIN_CHUNK_TOKENS: Final = 16
 """The least prefill of a CAPPED step, so that a prompt always progresses."""
 
 DECODE_BOUND_SHARE: Final = 0.1
-"""Where decodes have the GPU to themselves for this share of the time, a decode step done
-beside a prefill is one less to do alone. Simulated: results are much the same at 0.25."""
+"""Where decodes have the GPU to themselves for this share of the recent time, a decode
+step done beside a prefill is one less to do alone."""
+
+BUSY_SHARES: Final = (0.3, 0.5)
+"""Where they have it for more than the second share of the lasting time, the GPU keeps up:
+what is gained by a split is time to idle, and what is lost is time to first token."""
 
 NUM_CHUNK_SIZES: Final = 64
 """A cap is chosen to within this part of the prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The share of the time in which decodes had the GPU to themselves.
+
+    ``recent`` covers some dozen steps, and is near 0 while prompts are what the GPU is
+    short of time for. ``lasting`` covers some seconds, and is high where the GPU keeps up
+    with its prompts easily.
+    """
+
+    recent: float
+    lasting: float
+
+
+IDLE: Final = Load(1.0, 1.0)
+"""Nothing has run yet."""
 
 
 class Policy(Protocol):
@@ -51,7 +72,7 @@ class Policy(Protocol):
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
-        decode_only_share: float = 0.0,
+        load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
         """Decide for the batch vLLM would run.
@@ -60,9 +81,9 @@ class Policy(Protocol):
         [num_prefills] are tokens already in the KV cache; the decodes compute
         one token each, the prefills ``prefill_query_lens`` [num_prefills].
         None of them is empty. With ``can_split`` false the plan is never SPLIT.
-        ``decode_only_share`` is the share of the recent time in which decodes ran with no
-        prefill beside them. ``lane_in_use`` is the SM count of the decode lane while
-        another prefill is in flight: a SPLIT then has the same lane, and follows it.
+        ``load`` is what the GPU was busy with lately. ``lane_in_use`` is the SM count of
+        the decode lane while another prefill is in flight: a SPLIT then has the same
+        lane, and follows it.
         """
 
 
@@ -91,7 +112,7 @@ class FixedModePolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
-        decode_only_share: float = 0.0,
+        load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
         if self._plan.mode is Mode.SPLIT and not can_split:
@@ -118,7 +139,7 @@ class RandomPolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
-        decode_only_share: float = 0.0,
+        load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
         modes = [Mode.AGGREGATED, Mode.CAPPED] + [Mode.SPLIT] * (2 if can_split else 0)
@@ -323,7 +344,7 @@ class ForecastPolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
-        decode_only_share: float = 0.0,
+        load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
         limits = self._limits
@@ -340,7 +361,7 @@ class ForecastPolicy:
         factor, guard = self._correct(AGGREGATED_STEP)
         whole_ms = mixed_ms * factor
         decode_price = factor * self.decode_price(
-            num_decodes, prefill_tokens, mixed_ms, prefill_ms, decode_ms, decode_only_share
+            num_decodes, prefill_tokens, mixed_ms, prefill_ms, decode_ms, load
         )
         prices = (decode_price, whole_ms - decode_price)
         splits = self._splits(lanes, step_ms, until_done_ms, *prices, follows=bool(lane_in_use))
@@ -400,7 +421,7 @@ class ForecastPolicy:
         mixed_ms: float,
         prefill_ms: float,
         decode_ms: float,
-        decode_only_share: float,
+        load: Load,
     ) -> float:
         """What a decode step is worth to :func:`speedup`, in ms of the mixed step.
 
@@ -408,10 +429,12 @@ class ForecastPolicy:
         step is worth what it would cost otherwise. While decodes ever have the GPU to
         themselves, that is a step alone; where prompts leave no such time, it is what
         decodes add to a mixed step. Most of a step alone is reading the weights when
-        decodes are few, which beside a prefill they get for nothing.
+        decodes are few, which beside a prefill they get for nothing. Where the GPU keeps
+        up easily, the least is right too: prompts are then served soonest.
         """
-        slack = min(1.0, decode_only_share / DECODE_BOUND_SHARE)
-        return slack * decode_ms + (1 - slack) * (mixed_ms - prefill_ms)
+        weight = min(1.0, load.recent / DECODE_BOUND_SHARE)
+        weight *= float(np.interp(load.lasting, BUSY_SHARES, (1.0, 0.0)))
+        return weight * decode_ms + (1 - weight) * (mixed_ms - prefill_ms)
 
     def chunk_sizes(self, prefill_tokens: int) -> IntArray:
         """The chunks that a CAPPED step may have; the last is the whole prefill."""

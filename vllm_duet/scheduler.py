@@ -139,21 +139,15 @@ class DuetScheduler(AsyncScheduler):
         if plan.mode is Mode.SPLIT:
             if not as_planned and all(batch := batch_of(output)):
                 # The prefix cache held some of it, or the KV cache had no room.
-                plan = self._policy.decide(
-                    *batch,
-                    can_split=True,
-                    decode_only_share=self._step_times.decode_only_share,
-                )
+                plan = self._policy.decide(*batch, can_split=True, load=self._step_times.load)
             if (
                 plan.mode is Mode.SPLIT
                 and (decode := self._split(output, plan, len(decodes))) is not None
             ):
                 return decode
-            plan = replace(plan, mode=Mode.AGGREGATED)
-        elif as_planned:
-            self._step_times.scheduled(output, AGGREGATED_STEP, plan.tbt_ms)
-        if not as_planned:
-            self._step_times.scheduled(output, _kind_of(output))
+            plan, as_planned = replace(plan, mode=Mode.AGGREGATED), False
+        forecast_ms = plan.tbt_ms if as_planned else 0.0
+        self._step_times.scheduled(output, _kind_of(output), forecast_ms)
         self.num_steps[plan.mode] += 1
         return output
 
@@ -198,7 +192,7 @@ class DuetScheduler(AsyncScheduler):
             query_lens,
             context_lens,
             can_split=not self._blockers and not self.kv_holding_waiting,
-            decode_only_share=self._step_times.decode_only_share,
+            load=self._step_times.load,
             lane_in_use=decode_sms,
         )
         prefill_tokens = sum(query_lens)

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from math import exp
 from typing import Any
 
-from vllm_duet.policy import DECODE_ONLY, PREFILL_LANE
+from vllm_duet.policy import DECODE_ONLY, IDLE, PREFILL_LANE, Load
 from vllm_duet.roofline import StepTimeCorrection
 
-SHARE_SECONDS = 0.3
-"""Over which the share of decode-only time is averaged: some dozen steps, so that it
-outlasts a prompt, and follows a burst of them. Simulated: with 1 s prompts wait longer."""
+RECENT_SECONDS = 0.3
+LASTING_SECONDS = 2.0
+"""Over which the two shares of policy.Load are averaged. Simulated: with 1 s instead of
+0.3 s, prompts wait longer when a burst begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,7 @@ class Step:
 
 
 class StepTimes:
-    """Feeds a StepTimeCorrection, and knows what decodes have waited for lately.
-
-    ``decode_only_share`` is the share of the recent time in which decodes had the GPU to
-    themselves, as an exponential average over SHARE_SECONDS. It is 0 where prompts are
-    always waiting to be computed: then they are what the GPU is short of time for.
-    """
+    """Feeds a StepTimeCorrection, and knows what the GPU was busy with lately."""
 
     def __init__(
         self, correction: StepTimeCorrection | None, clock: Callable[[], float] = time.monotonic
@@ -50,8 +46,13 @@ class StepTimes:
         returns seconds; the simulator has its own."""
         self.correction = correction
         self.clock = clock
-        self.decode_only_share = 1.0
+        self._recent, self._lasting = IDLE.recent, IDLE.lasting
         self._last_end = 0.0
+
+    @property
+    def load(self) -> Load:
+        """As exponential averages."""
+        return Load(self._recent, self._lasting)
 
     def scheduled(self, scheduler_output: Any, kind: str, ms: float = 0.0) -> None:
         """Remember with the step that it is of ``kind`` and should take ``ms``."""
@@ -65,8 +66,9 @@ class StepTimes:
         self._last_end = now
         if seconds <= 0:
             return
-        weight = 1 - exp(-seconds / SHARE_SECONDS)
-        self.decode_only_share += weight * ((step.kind == DECODE_ONLY) - self.decode_only_share)
+        decode_only = step.kind == DECODE_ONLY
+        self._recent += (1 - exp(-seconds / RECENT_SECONDS)) * (decode_only - self._recent)
+        self._lasting += (1 - exp(-seconds / LASTING_SECONDS)) * (decode_only - self._lasting)
         if self.correction is not None and step.ms > 0:
             self.correction.observe(step.ms, 1e3 * seconds, step.kind)
 

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from vllm_duet.plan import DuetPlan, Mode
-from vllm_duet.policy import FixedModePolicy, ForecastPolicy, IntArray, Policy, PolicyLimits
+from vllm_duet.policy import (
+    IDLE,
+    FixedModePolicy,
+    ForecastPolicy,
+    IntArray,
+    Load,
+    Policy,
+    PolicyLimits,
+)
 from vllm_duet.roofline import (
     BatchSummary,
     GpuProfile,
@@ -101,7 +109,7 @@ class PaperPolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
-        decode_only_share: float = 0.0,
+        load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
         decode = self._roofline.decode_summary(decode_context_lens)
@@ -145,23 +153,23 @@ class CountsTokens(ForecastPolicy):
     """The objective is tokens a second."""
 
     def decode_price(
-        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, *_: float
+        self, num_decodes: int, prefill_tokens: int, mixed_ms: float, *_: Any
     ) -> float:
         return mixed_ms * num_decodes / (num_decodes + prefill_tokens)
 
 
 class CountsAlone(ForecastPolicy):
-    """A decode step is worth what it costs alone, whatever the decodes have waited for."""
+    """A decode step is worth what it costs alone, whatever the load."""
 
-    def decode_price(self, *args: float) -> float:
-        return super().decode_price(*args[:-1], decode_only_share=1.0)  # type: ignore[arg-type,misc]
+    def decode_price(self, *args: Any) -> float:
+        return super().decode_price(*args[:-1], Load(recent=1.0, lasting=0.0))
 
 
 class CountsAdded(ForecastPolicy):
-    """A decode step is worth what it adds to a mixed step."""
+    """A decode step is worth what it adds to a mixed step, whatever the load."""
 
-    def decode_price(self, *args: float) -> float:
-        return super().decode_price(*args[:-1], decode_only_share=0.0)  # type: ignore[arg-type,misc]
+    def decode_price(self, *args: Any) -> float:
+        return super().decode_price(*args[:-1], Load(recent=0.0, lasting=0.0))
 
 
 def _bound_only(
@@ -184,7 +192,7 @@ class NeverSplits(ForecastPolicy):
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
-        decode_only_share: float = 0.0,
+        load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
         return super().decide(
@@ -192,7 +200,7 @@ class NeverSplits(ForecastPolicy):
             prefill_query_lens,
             prefill_context_lens,
             can_split=False,
-            decode_only_share=decode_only_share,
+            load=load,
             lane_in_use=lane_in_use,
         )
 
