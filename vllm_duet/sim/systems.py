@@ -162,14 +162,16 @@ class CountsAlone(ForecastPolicy):
     """A decode step is worth what it costs alone, whatever the load."""
 
     def decode_price(self, *args: Any) -> float:
-        return super().decode_price(*args[:-1], Load(recent=1.0, lasting=0.0))
+        *_, decode_ms, _ = args
+        return float(decode_ms)
 
 
 class CountsAdded(ForecastPolicy):
     """A decode step is worth what it adds to a mixed step, whatever the load."""
 
     def decode_price(self, *args: Any) -> float:
-        return super().decode_price(*args[:-1], Load(recent=0.0, lasting=0.0))
+        *_, mixed_ms, prefill_ms, _, _ = args
+        return float(mixed_ms - prefill_ms)
 
 
 def _bound_only(
