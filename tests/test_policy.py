@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from vllm_duet.plan import DuetPlan, Mode
 from vllm_duet.policy import (
+    IDLE,
     MIN_CHUNK_TOKENS,
     ForecastPolicy,
+    Load,
     PolicyLimits,
     _tokens_per_pair,
     chunk_sizes,
@@ -70,15 +72,24 @@ class Case:
     decode_contexts: list[int]
     queries: list[int]
     contexts: list[int]
+    load: Load = IDLE
 
     def decide(
         self,
         limits: PolicyLimits,
         correction: StepTimeCorrection | None = None,
         can_split: bool = True,
+        lane_in_use: int | None = None,
     ) -> DuetPlan:
         policy = ForecastPolicy(self.roofline, limits, correction)
-        return policy.decide(self.decode_contexts, self.queries, self.contexts, can_split=can_split)
+        return policy.decide(
+            self.decode_contexts,
+            self.queries,
+            self.contexts,
+            can_split=can_split,
+            load=self.load,
+            lane_in_use=lane_in_use,
+        )
 
     @property
     def num_sms(self) -> int:
@@ -141,13 +152,17 @@ class Case:
     def speedup(self, plan: DuetPlan) -> float:
         """speedup() of a plan, by brute force."""
         alone_ms = self.roofline.predict(self.prefill, self.num_sms).ms
-        decode_ms = self.mixed_ms() - alone_ms
+        added_ms = self.mixed_ms() - alone_ms
+        decode_alone_ms = self.roofline.predict(self.decode, self.num_sms).ms
+        weight = min(1, self.load.recent / 0.1) * min(max((0.5 - self.load.lasting) / 0.2, 0), 1)
+        decode_ms = added_ms + weight * (decode_alone_ms - added_ms)
+        prefill_price_ms = self.mixed_ms() - decode_ms
         if plan.mode is Mode.SPLIT:
             step_ms, prefill_ms = self.pair_ms(plan.decode_sms)
-            steps = ceil(prefill_ms / step_ms)
-            return (steps * decode_ms + alone_ms) / (steps * step_ms)
+            steps = ceil(prefill_ms / step_ms) + 1
+            return (steps * decode_ms + prefill_price_ms) / (steps * step_ms)
         share = self._work(plan.max_prefill_tokens) / self._work(None)
-        return (decode_ms + share * alone_ms) / self.mixed_ms(plan.max_prefill_tokens)
+        return (decode_ms + share * prefill_price_ms) / self.mixed_ms(plan.max_prefill_tokens)
 
     def _work(self, tokens: int | None) -> float:
         pair = _tokens_per_pair(self.roofline)
@@ -155,13 +170,19 @@ class Case:
 
 
 CASES = st.builds(
-    lambda model, gpu, decodes, prefills: Case(
-        roofline_of(model, gpu), decodes, [q for q, _ in prefills], [c for _, c in prefills]
+    lambda model, gpu, decodes, prefills, recent, lasting: Case(
+        roofline_of(model, gpu),
+        decodes,
+        [q for q, _ in prefills],
+        [c for _, c in prefills],
+        Load(recent, lasting),
     ),
     st.sampled_from(sorted(MODELS)),
     st.sampled_from(GpuProfile.names()),
     st.lists(st.integers(0, 20_000), min_size=1, max_size=80),
     st.lists(st.tuples(st.integers(2, 8000), st.integers(0, 30_000)), min_size=1, max_size=4),
+    st.floats(0, 0.2),
+    st.floats(0, 1),
 )
 BOUNDS = st.one_of(st.floats(1, 60), st.floats(1, 1000))
 
@@ -249,7 +270,7 @@ def test_a_looser_bound_never_hurts(case: Case, bound_ms: float, looser: float) 
     assume(case.tbt_ms(tight) <= bound_ms)
     loose = case.decide(PolicyLimits(bound_ms * looser, throughput_margin=0.0))
     assert case.tbt_ms(loose) <= bound_ms * looser * (1 + 1e-9)
-    if loose.mode is not Mode.AGGREGATED:  # which ends the search for a faster cap
+    if case.mixed_ms() > bound_ms * looser:  # else there is no search for a faster cap
         assert case.speedup(loose) >= case.speedup(tight) * (1 - 1e-9)
 
 
@@ -322,9 +343,13 @@ def test_a_long_prompt_that_breaks_the_bound_does_not_run_mixed() -> None:
     assert case.mixed_ms(capped.max_prefill_tokens * 3 // 2) > bound_ms
 
 
+BUSY = Load(recent=0.2, lasting=0.2)
+"""Decodes are what the GPU is short of time for."""
+
+
 def test_heavy_decode_splits_for_throughput_and_light_decode_does_not() -> None:
     bound_ms = 1000.0
-    heavy = Case(roofline_of(), [4300] * 80, [8192 - 80], [0])
+    heavy = Case(roofline_of(), [4300] * 80, [8192 - 80], [0], BUSY)
     light = Case(roofline_of(), [2000] * 8, [8192 - 8], [0])
     for case in (heavy, light):
         assert case.mixed_ms() < bound_ms
@@ -333,8 +358,40 @@ def test_heavy_decode_splits_for_throughput_and_light_decode_does_not() -> None:
     assert light.decide(PolicyLimits(bound_ms)).mode is Mode.AGGREGATED
 
 
+@pytest.mark.parametrize("load", [Load(recent=0.0, lasting=0.0), Load(recent=1.0, lasting=0.6)])
+def test_short_prompts_stay_mixed_where_they_are_all_that_waits_or_nothing_does(
+    load: Load,
+) -> None:
+    case = Case(roofline_of(), [1400] * 150, [4000], [0], BUSY)
+    assert case.decide(PolicyLimits(1000.0)).mode is Mode.SPLIT
+    assert replace(case, load=load).decide(PolicyLimits(1000.0)).mode is Mode.AGGREGATED
+
+
+def test_a_prefill_that_follows_has_the_lane_of_the_one_in_flight() -> None:
+    case = Case(roofline_of(), [4300] * 80, [4000], [0], BUSY)
+    limits = PolicyLimits(100.0)
+    for lane in decode_sm_candidates(case.roofline.profile):
+        plan = case.decide(limits, lane_in_use=lane)
+        if plan.mode is Mode.SPLIT:
+            assert plan.decode_sms == lane
+            assert plan.tbt_ms == pytest.approx(case.pair_ms(lane)[0])
+    assert case.decide(limits, lane_in_use=48).mode is Mode.SPLIT
+    assert case.decide(PolicyLimits(5.0), lane_in_use=48).mode is not Mode.SPLIT
+
+
+def test_a_prefill_that_follows_waits_for_no_join() -> None:
+    """One decode step's worth of prefill pays only behind another."""
+    case = Case(roofline_of(), [4300] * 80, [1000], [0], BUSY)
+    lane = 48
+    step_ms, prefill_ms = case.pair_ms(lane)
+    assert prefill_ms < 1.5 * step_ms
+    limits = PolicyLimits(1000.0, decode_sms=(lane,))
+    assert case.decide(limits).mode is Mode.AGGREGATED
+    assert case.decide(limits, lane_in_use=lane).mode is Mode.SPLIT
+
+
 def test_a_split_has_to_beat_the_margin() -> None:
-    case = Case(roofline_of(), [4300] * 80, [8192 - 80], [0])
+    case = Case(roofline_of(), [4300] * 80, [8192 - 80], [0], BUSY)
     gain = case.speedup(case.decide(PolicyLimits(1000.0))) - 1
     assert gain > 0.05
     bolder, shyer = (PolicyLimits(1000.0, throughput_margin=gain + x) for x in (-0.01, 0.01))

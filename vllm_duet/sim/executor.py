@@ -178,7 +178,8 @@ class SimulatedGpu:
         if directive.launch is not None:
             launch_ms = self._launch(directive.launch, start, join_after)
             end = self._decode(start, decodes, directive.decode_sms)
-            ran = self._join(end, wait=False) if directive.join else Ran(end)
+            joins = directive.join is not None or join_after is not None
+            ran = self._join(end, wait=False) if joins else Ran(end)
             return replace(ran, launch_cpu_ms=launch_ms)
         end = self._decode(start, decodes, directive.decode_sms) if decodes else start
         return self._join(end, wait=directive.join is Join.WAIT)

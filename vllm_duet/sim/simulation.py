@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_duet.doctor import GPU_MEMORY_UTILIZATION
 from vllm_duet.policy import PolicyLimits
-from vllm_duet.roofline import BatchSummary, GpuProfile, ModelShape, Roofline
+from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
 from vllm_duet.sim.engine import CpuCosts, RequestRecord, SimulatedClock, SimulatedEngine
 from vllm_duet.sim.executor import Disturbances, GroundTruth, Interval, SimulatedGpu
 from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster
@@ -106,9 +107,13 @@ class Simulation:
         Raises:
             SimulationError: all are longer.
         """
-        fitting = [r for r in trace if r.input_length + r.output_length <= self.max_model_len]
+        # vLLM keeps one block of the KV cache for itself.
+        longest = min(self.max_model_len, self.kv_cache_tokens - BLOCK_SIZE)
+        fitting = [r for r in trace if r.input_length + r.output_length <= longest]
+        if not trace:
+            raise SimulationError("there are no requests to serve")
         if not fitting:
-            raise SimulationError(f"every request is longer than {self.max_model_len} tokens")
+            raise SimulationError(f"every request is longer than {longest} tokens")
         serve = self._disaggregated if self.options.scheduler == "disaggregated" else self._serve
         outcome = serve(fitting, on_finished)
         outcome.rejected = len(trace) - len(fitting)
@@ -134,8 +139,9 @@ class Simulation:
     ) -> Outcome:
         """Prefill on one GPU and decode on another, each with a stock engine.
 
-        The KV cache of a prompt travels over the link, and its prefill then costs the second
-        GPU nothing. What the prefill GPU does depends on the second in no way.
+        The KV cache of a prompt travels over the link, and the second GPU then starts with
+        its second token. What the prefill GPU does depends on the second in no way. A
+        request that is preempted there gets its KV cache back for nothing.
         """
         first, second = self.engine(), self.engine(prefill_is_free=True)
         prefilled = first.run([replace(r, output_length=1) for r in trace])
@@ -145,6 +151,9 @@ class Simulation:
             for index, (record, r) in enumerate(zip(prefilled, trace, strict=True))
             if r.output_length > 1
         ]
+        for record, r in zip(prefilled, trace, strict=True):
+            if r.output_length == 1:
+                on_finished(record)
         rows.sort(key=lambda row: row[:2])
         moved = [
             TraceRequest(at, r.input_length + 1, r.output_length - 1, r.hash_ids)
@@ -170,10 +179,17 @@ class Simulation:
 
     def engine(self, *, prefill_is_free: bool = False) -> SimulatedEngine:
         """A fresh engine with an empty KV cache."""
+        if prefill_is_free:
+            # No chunks: prompts cost nothing, and whole ones arrive.
+            other = copy(self)
+            other.__dict__.pop("_vllm_config", None)
+            other.options = replace(self.options, max_num_batched_tokens=self.kv_cache_tokens)
+            return other._engine(_FreePrefill)
+        return self._engine(GroundTruth)
+
+    def _engine(self, truth_cls: type[GroundTruth]) -> SimulatedEngine:
         options, clock = self.options, SimulatedClock()
-        truth = (_FreePrefill if prefill_is_free else GroundTruth)(
-            Roofline(self.shape, self.profile), options.disturbances
-        )
+        truth = truth_cls(Roofline(self.shape, self.profile), options.disturbances)
         scheduler: Any
         if self.system.policy is None:
             scheduler = self._scheduler(AsyncScheduler)
@@ -256,10 +272,13 @@ class Simulation:
 
 
 class _FreePrefill(GroundTruth):
-    """A GPU whose prompts arrive with their KV cache computed."""
+    """A GPU whose prompts arrive with the KV cache of all but their last token."""
 
-    def prefill(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> BatchSummary:
-        return BatchSummary()
-
-    def launch_ms(self, tokens: int) -> float:
-        return 0.0
+    def step_ms(
+        self,
+        decode_context_lens: Sequence[int],
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+    ) -> float:
+        arrived = [q + c - 1 for q, c in zip(query_lens, context_lens, strict=True)]
+        return super().step_ms([*decode_context_lens, *arrived], [], [])

@@ -120,7 +120,14 @@ def _azure(lines: Iterable[str], path: Path) -> Iterator[TraceRequest]:
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
     if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
         raise TraceError(f"{path}, line 1: there is no column {missing[0]}")
-    for row in reader:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # line_num counts lines that were read whole.
+            raise TraceError(f"{path}, line {reader.line_num + 1}: not CSV ({error})") from None
         yield _request(
             path,
             reader.line_num,
@@ -137,7 +144,7 @@ def _jsonl(lines: Iterable[str], path: Path) -> Iterator[TraceRequest]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise TraceError(f"{path}, line {number}: not a JSON object")
@@ -168,7 +175,7 @@ def _request(
             raise TraceError(f"{path}, line {line}: {key} is missing")
         try:
             return parse(row[key])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise TraceError(
                 f"{path}, line {line}: {key} is {row[key]!r}, not {expected}"
             ) from None
@@ -181,14 +188,19 @@ def _request(
 def _timestamp_ms(text: str) -> float:
     # Seven digits of a second are one more than datetime takes.
     moment, _, fraction = text.partition(".")
+    if fraction and not (fraction.isascii() and fraction.isdigit()):
+        raise ValueError
     seconds = datetime.fromisoformat(moment + "+00:00").timestamp()
     return 1e3 * seconds + (1e3 * float(f"0.{fraction}") if fraction else 0.0)
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError
-    return float(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _integer(value: Any) -> int:

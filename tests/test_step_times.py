@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StepTimes: what is learnt from the steps that ended."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_duet.policy import AGGREGATED_STEP, DECODE_LANE, DECODE_ONLY
+from vllm_duet.roofline import StepTimeCorrection
+from vllm_duet.step_times import StepTimes
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def run(times: StepTimes, clock: Clock, kind: str, seconds: float, forecast_ms: float = 0) -> None:
+    """Schedule a step, and let it take ``seconds``."""
+    output = SimpleNamespace()
+    times.scheduled(output, kind, forecast_ms)
+    clock.seconds += seconds
+    times.ended(output)
+
+
+def test_load_follows_what_decodes_had_beside_them() -> None:
+    clock = Clock()
+    times = StepTimes(None, clock)
+    for _ in range(20):
+        run(times, clock, AGGREGATED_STEP, 0.1)
+    assert times.load.recent < 0.01
+    assert times.load.recent < times.load.lasting < 0.5
+    for _ in range(10):
+        run(times, clock, DECODE_ONLY, 0.02)
+    busy = times.load
+    assert 0.3 < busy.recent < 0.7
+    run(times, clock, DECODE_LANE, 0.02)
+    assert times.load.recent < busy.recent
+
+
+def test_load_weighs_time_and_not_steps() -> None:
+    shares = []
+    for steps in (1, 10):
+        clock = Clock()
+        times = StepTimes(None, clock)
+        for _ in range(steps):
+            run(times, clock, AGGREGATED_STEP, 0.2 / steps)
+        shares.append(times.load)
+    assert shares[0].recent == pytest.approx(shares[1].recent)
+    assert shares[0].lasting == pytest.approx(shares[1].lasting)
+
+
+def test_time_in_which_nothing_ran_does_not_count() -> None:
+    clock = Clock()
+    times = StepTimes(StepTimeCorrection(), clock)
+    run(times, clock, AGGREGATED_STEP, 0.1, forecast_ms=100)
+    before = times.load
+    clock.seconds += 60
+    run(times, clock, AGGREGATED_STEP, 1e-6, forecast_ms=1e-3)
+    assert times.load.lasting == pytest.approx(before.lasting, rel=1e-3)
+
+
+def test_a_step_scheduled_while_another_ran_is_timed_from_that_ones_end() -> None:
+    clock, correction = Clock(), StepTimeCorrection(min_samples=1)
+    times = StepTimes(correction, clock)
+    first, second = SimpleNamespace(), SimpleNamespace()
+    times.scheduled(first, AGGREGATED_STEP, 100)
+    times.scheduled(second, AGGREGATED_STEP, 100)
+    for output in (first, second):
+        clock.seconds += 0.1
+        times.ended(output)
+    assert correction.factor(AGGREGATED_STEP) == pytest.approx(1.0)
