@@ -155,7 +155,7 @@ def simulate(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the results.")],
     gpu: Annotated[str, typer.Option(help="A GPU profile's name or YAML file.")] = "h100-sxm",
     scheduler: Annotated[
-        str, typer.Option(help="stock, duet, or one of the others that --scheduler help lists.")
+        str, typer.Option(help="stock, duet, or another that --list-schedulers shows.")
     ] = "duet",
     rate: Annotated[
         float | None,
@@ -176,18 +176,18 @@ def simulate(
     model_error: Annotated[
         float, typer.Option(min=0, max=1, help="How wrong the policy's forecasts are; 0.1 is 10 %.")
     ] = 0.0,
+    list_schedulers: Annotated[
+        bool,
+        typer.Option(
+            "--list-schedulers",
+            callback=lambda wanted: _list_schedulers() if wanted else None,
+            is_eager=True,
+            help="Show what can be simulated.",
+        ),
+    ] = False,
 ) -> None:
     """Serve a trace in virtual time: the real schedulers, on a simulated GPU."""
-    # vLLM takes seconds to import, and only this command needs it.
-    try:
-        from vllm_duet.sim import command
-    except ImportError as error:
-        raise typer.BadParameter(
-            f"the simulator runs vLLM's schedulers, and vLLM cannot be imported ({error})"
-        ) from None
-    if scheduler == "help":
-        _print_systems(command.SYSTEMS)
-        raise typer.Exit
+    command = _simulator()
     options = command.Options(
         model=model,
         gpu=gpu,
@@ -221,11 +221,23 @@ def report(
     typer.echo(f"Wrote {out}")
 
 
-def _print_systems(systems: dict[str, Any]) -> None:
+def _simulator() -> Any:
+    """The module behind `simulate`. vLLM takes seconds to import, and only it needs vLLM."""
+    try:
+        from vllm_duet.sim import command
+    except ImportError as error:
+        raise typer.BadParameter(
+            f"the simulator runs vLLM's schedulers, and vLLM cannot be imported ({error})"
+        ) from None
+    return command
+
+
+def _list_schedulers() -> None:
     table = Table(box=None, show_header=False, padding=(0, 2))
-    for name, system in systems.items():
+    for name, system in _simulator().SYSTEMS.items():
         table.add_row(f"[bold]{name}[/bold]", system.summary)
     Console().print(table)
+    raise typer.Exit
 
 
 def _print_summary(summary: dict[str, Any], out: Path) -> None:

@@ -105,6 +105,13 @@ def test_a_malformed_line_is_named_and_nothing_is_written(trace, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_schedulers_are_listed():
+    result = CliRunner().invoke(app, ["simulate", "--list-schedulers"])
+    assert result.exit_code == 0
+    listed = {line.split()[0] for line in result.output.splitlines() if line.strip()}
+    assert listed >= {"stock", "duet", "paper", "fixed-split", "disaggregated"}
+
+
 class Page(HTMLParser):
     """Collects the text, the links, and whether every tag that has to be is closed."""
 
