@@ -5,6 +5,7 @@
     python eval/experiments.py sweep --traces FOLDER
     python eval/experiments.py ratios --traces FOLDER
     python eval/experiments.py ablation --traces FOLDER
+    python eval/experiments.py tables        # into docs/evaluation.md
 
 FOLDER holds the public traces: azure-code-2023.csv and azure-conv-2023.csv
 (Azure/AzurePublicDataset), mooncake-conversation.jsonl (kvcache-ai/Mooncake). A run that is
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from runs import (
     DEFAULT_BUDGET,
+    HERE,
     RESULTS,
     STOCK_BUDGETS,
     WORKLOADS,
@@ -170,6 +172,108 @@ def ablation(traces: Traces) -> None:
         rows += _rows(asked, runs.of(asked, workload))
         _write("ablation", rows)
     _print(rows, ("workload", "rate", "system"), FIGURES)
+
+
+@app.command()
+def tables() -> None:
+    """Write the results that are there into the tables of docs/evaluation.md."""
+    page = PAGE.read_text()
+    for name, table in (
+        ("goodput", _goodput_table),
+        ("sweep", _sweep_table),
+        ("ratios", _ratios_table),
+        ("ablation", _sweep_table),
+    ):
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+            head, rest = page.split(first)
+            _, tail = rest.split(last)
+            page = head + first + table(json.loads(file.read_text())["rows"]) + last + tail
+    PAGE.write_text(page)
+
+
+PAGE = HERE.parent / "docs" / "evaluation.md"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.2f}" if value else "none"
+
+
+def _goodput_table(rows: list[dict[str, Any]]) -> str:
+    found = {
+        (r["workload"], r["tbt_slo_ms"], r["system"], r["model_error"]): r["goodput"] for r in rows
+    }
+    lines = []
+    for workload, bound in dict.fromkeys(key[:2] for key in found):
+        mine = {key[2:]: rate for key, rate in found.items() if key[:2] == (workload, bound)}
+        static = {name: rate for (name, _), rate in mine.items() if name.startswith("stock-")}
+        best = max(static, key=lambda name: static[name])
+        duet = [mine["duet", error] for error in MODEL_ERRORS]
+        over = [f"{duet[1] / rate:.2f}" if rate else "-" for rate in (static[best],)]
+        default = static[f"stock-{DEFAULT_BUDGET}"]
+        others = [mine.get((name, 0.1)) for name in ("paper", "fixed-split", "disaggregated")]
+        lines.append(
+            [
+                workload,
+                f"{bound:g}",
+                _rate(default),
+                f"{_rate(static[best])} ({best.removeprefix('stock-')})",
+                *map(_rate, duet),
+                f"{duet[1] / default:.2f}" if default else "-",
+                *over,
+                *("" if rate is None else _rate(rate) for rate in others),
+            ]
+        )
+    header = "workload, TBT bound ms, stock default, best static (budget), duet 0 %, duet 10 %,"
+    header += " duet 20 %, 10 % over default, 10 % over best, paper, fixed split, disaggregated"
+    return _markdown(header.split(", "), lines)
+
+
+def _sweep_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        [
+            row["workload"],
+            f"{row['rate']:.2f}",
+            row["system"] + (f" {row['model_error']:.0%}" if row["system"] == "duet" else ""),
+            *(f"{row[f]:,.0f}" for f in FIGURES[:3]),
+            *(f"{row[f]:.1f}" for f in FIGURES[3:5]),
+            f"{row['split_share']:.0%}",
+        ]
+        for row in rows
+        if row["system"] != "duet" or row["model_error"] == 0.1
+    ]
+    header = "workload, requests/s, system, tokens/s out, TTFT mean, TTFT p99, TBT mean, TBT p99,"
+    return _markdown((header + " time split").split(", "), lines)
+
+
+def _ratios_table(rows: list[dict[str, Any]]) -> str:
+    found = {(row["workload"], row["system"]): row["goodput"] for row in rows}
+    lines = []
+    for workload in dict.fromkeys(workload for workload, _ in found):
+        static = {s: r for (w, s), r in found.items() if w == workload and s.startswith("stock-")}
+        best = max(static, key=lambda name: static[name])
+        duet, paper = found[workload, "duet"], found[workload, "paper"]
+        ratio = f"{duet / static[best]:.2f}" if static[best] else "-"
+        budget = best.removeprefix("stock-")
+        default = _rate(static[f"stock-{DEFAULT_BUDGET}"])
+        lines.append(
+            [
+                workload,
+                default,
+                f"{_rate(static[best])} ({budget})",
+                _rate(duet),
+                ratio,
+                _rate(paper),
+            ]
+        )
+    header = "in/out, stock default, best static (budget), duet 10 %, over best, paper"
+    return _markdown(header.split(", "), lines)
 
 
 FIGURES = (
