@@ -112,7 +112,7 @@ class Lane:
 
     def __init__(self, scheduler: Any, num_running: int) -> None:
         self.scheduler = scheduler
-        self.in_flight: Any = None
+        self.in_flight: list[Any] = []
         for i in range(num_running):
             scheduler.add_request(make_request(f"decode-{i}", CONTEXT_LEN))
         self.step()
@@ -129,9 +129,9 @@ class Lane:
         result = made_up(output, self.scheduler)
         directive = directive_of(output)
         if directive is not None and directive.launch is not None:
-            self.in_flight = directive.launch
-        elif directive is not None and directive.join is not None and self.in_flight is not None:
-            launch, self.in_flight = self.in_flight, None
+            self.in_flight.append(directive.launch)
+        if directive is not None and directive.join is not None and self.in_flight:
+            launch = self.in_flight.pop(0)
             result.duet = JoinedPrefill(launch.launch_id, made_up(launch.output, self.scheduler))
         self.scheduler.update_from_output(output, result)
         return seconds
@@ -141,7 +141,7 @@ class Lane:
         request = make_request(f"prompt-{number}", PROMPT_LEN)
         self.scheduler.add_request(request)
         seconds = self.step()
-        while self.in_flight is not None:
+        while self.in_flight:
             self.step()
         self.scheduler.finish_requests([request.request_id], RequestStatus.FINISHED_ABORTED)
         self.step()
