@@ -29,7 +29,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -39,16 +38,16 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_duet import scheduler as duet_scheduler
 from vllm_duet.plan import JoinedPrefill, directive_of
+from vllm_duet.roofline import ModelShape
+from vllm_duet.sim.engine import made_up_output
+from vllm_duet.sim.simulation import BLOCK_SIZE, scheduler_alone
 
 MODEL = Path(__file__).parent / "models" / "qwen3-8b"
-BLOCK_SIZE = 16
+SHAPE = ModelShape.from_hf_config(MODEL / "config.json")
 BLOCK_HASHER = get_request_block_hasher(BLOCK_SIZE, sha256)
 CONTEXT_LEN = 900
 PROMPT_LEN = 3000
@@ -68,22 +67,7 @@ def make_config(duet: dict[str, Any]) -> VllmConfig:
 
 
 def make_scheduler(scheduler_cls: type, duet: dict[str, Any]) -> Any:
-    config = make_config(duet)
-    spec = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=8, head_size=128, dtype=torch.bfloat16
-    )
-    kv_cache_config = KVCacheConfig(
-        num_blocks=config.cache_config.num_gpu_blocks,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-    )
-    return scheduler_cls(
-        config,
-        kv_cache_config=kv_cache_config,
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK_SIZE,
-        log_stats=False,
-    )
+    return scheduler_alone(scheduler_cls, make_config(duet), SHAPE)
 
 
 def make_request(request_id: str, num_tokens: int) -> Request:
@@ -94,16 +78,6 @@ def make_request(request_id: str, num_tokens: int) -> Request:
         sampling_params=SamplingParams(max_tokens=4000, ignore_eos=True),
         pooling_params=None,
         block_hasher=BLOCK_HASHER,
-    )
-
-
-def made_up(output: Any, scheduler: Any) -> ModelRunnerOutput:
-    """One token for every request whose prompt is computed."""
-    ids = list(output.num_scheduled_tokens)
-    return ModelRunnerOutput(
-        req_ids=ids,
-        req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
-        sampled_token_ids=[[] if scheduler.requests[i].is_prefill_chunk else [7] for i in ids],
     )
 
 
@@ -126,13 +100,15 @@ class Lane:
         start = time.perf_counter()
         output = self.scheduler.schedule()
         seconds = time.perf_counter() - start
-        result = made_up(output, self.scheduler)
+        result = made_up_output(output, self.scheduler)
         directive = directive_of(output)
         if directive is not None and directive.launch is not None:
             self.in_flight.append(directive.launch)
         if directive is not None and directive.join is not None and self.in_flight:
             launch = self.in_flight.pop(0)
-            result.duet = JoinedPrefill(launch.launch_id, made_up(launch.output, self.scheduler))
+            result.duet = JoinedPrefill(
+                launch.launch_id, made_up_output(launch.output, self.scheduler)
+            )
         self.scheduler.update_from_output(output, result)
         return seconds
 

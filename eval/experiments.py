@@ -36,6 +36,7 @@ from runs import (
     goodputs,
 )
 
+from vllm_duet.report import COLOURS
 from vllm_duet.sim.results import provenance
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -45,8 +46,6 @@ TRACES = ("azure-code", "azure-conv", "mooncake")
 TIGHT_BUDGETS = (256, 512, 1024, 2048, DEFAULT_BUDGET)
 """Those worth a search where the bound is under 100 ms."""
 MODEL_ERRORS = (0.0, 0.1, 0.2)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's, which the colour-blind can tell apart."""
 
 
 @app.command()

@@ -105,7 +105,7 @@ class Run:
 
 
 def simulate(run: Run, traces: Path) -> dict[str, Any]:
-    """The figures of a run, and the share of gaps within 100, 50 and 25 ms."""
+    """The figures of a run."""
     from vllm_duet.sim import results
     from vllm_duet.sim.simulation import Options, Simulation
 

@@ -199,19 +199,25 @@ def decode_sm_candidates(profile: GpuProfile, max_candidates: int = 5) -> tuple[
     return tuple(step * n for n in sorted(set(steps.tolist())))
 
 
+def sm_groups(profile: GpuProfile) -> range:
+    """The SM counts that a decode lane can have and leave a group for prefill."""
+    step = profile.sm_granularity
+    least = -(-profile.min_sms // step) * step
+    return range(least, profile.num_sms - profile.min_sms + 1, step)
+
+
 def validate_decode_sms(profile: GpuProfile, decode_sms: Sequence[int]) -> tuple[int, ...]:
     """``decode_sms`` ascending, each once.
 
     Raises:
         ValueError: a count that is no SM group of the GPU, or leaves none for prefill.
     """
-    step = profile.sm_granularity
-    least = -(-profile.min_sms // step) * step
-    most = (profile.num_sms - profile.min_sms) // step * step
+    groups = sm_groups(profile)
     for sms in decode_sms:
-        if sms % step or not least <= sms <= most:
+        if sms not in groups:
+            most = (profile.num_sms - profile.min_sms) // groups.step * groups.step
             raise ValueError(
-                f"decode_sms must be multiples of {step} from {least} to {most}"
+                f"decode_sms must be multiples of {groups.step} from {groups.start} to {most}"
                 f" on {profile.name}, not {sms}."
             )
     return tuple(sorted(set(decode_sms)))
@@ -238,6 +244,9 @@ def speedup(decode_steps: float, decode_ms: float, prefill_ms: float, wall_ms: f
     prefill would always win.
     """
     return (decode_steps * decode_ms + prefill_ms) / wall_ms
+
+
+_compiled_speedup: Final = njit(speedup)
 
 
 class _Split(NamedTuple):
@@ -285,7 +294,7 @@ def _choose_cap(
     for n in range(last + 1):
         wall_ms = forecast_ms[n] * factor
         if wall_ms * guard <= bound_ms:
-            found = (decode_ms + prefill_ms * work[n] / work[last]) / wall_ms
+            found = _compiled_speedup(1.0, decode_ms, prefill_ms * work[n] / work[last], wall_ms)
             if found > best_speedup:
                 best, best_speedup = n, found
     if forecast_ms[last] * factor * guard <= bound_ms and best_speedup <= must_beat * found:

@@ -72,8 +72,8 @@ class StepTimes:
         if self.correction is not None and step.ms > 0:
             self.correction.observe(step.ms, 1e3 * seconds, step.kind)
 
-    def prefill_ended(self, forecast_ms: float, launched_at: float) -> None:
+    def prefill_ended(self, forecast_ms: float, started_at: float) -> None:
         """A prefill in flight has joined; it was done at most one step ago."""
         if self.correction is not None and forecast_ms > 0:
-            measured_ms = 1e3 * (self.clock() - launched_at)
+            measured_ms = 1e3 * (self.clock() - started_at)
             self.correction.observe(forecast_ms, measured_ms, PREFILL_LANE)

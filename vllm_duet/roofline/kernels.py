@@ -43,6 +43,12 @@ TINY_MS = 1e-12
 
 
 @njit
+def combined(compute_ms: float, memory_ms: float, unoverlapped: float) -> float:
+    """Two times that overlap but for a part of the lesser."""
+    return max(compute_ms, memory_ms) + unoverlapped * min(compute_ms, memory_ms)
+
+
+@njit
 def step_times(
     coefficients: FloatArray,
     per_operator: FloatArray,
@@ -72,10 +78,7 @@ def step_times(
             waves = np.ceil(np.ceil(work[operators + k, n]) * columns * per_sm)
             compute[k, n] = work[k, n] * per_compute + waves * wave_ms * wave_scale
             memory[k, n] = work[2 * operators + k, n] * per_bandwidth
-            low, high = compute[k, n], memory[k, n]
-            if low > high:
-                low, high = high, low
-            busy[k, n] = high + unoverlapped * low
+            busy[k, n] = combined(compute[k, n], memory[k, n], unoverlapped)
             total[n] += busy[k, n]
     return compute, memory, work[2 * operators : 3 * operators], busy, total
 
@@ -106,10 +109,8 @@ def pair_totals(
         for k in range(operators):
             demand = bus[k, n] / max(busy[k, n], TINY_MS) + beside
             if demand > 1.0:
-                low, high = compute[k, n], memory[k, n] * demand
-                if low > high:
-                    low, high = high, low
-                total[n] += high + per_operator[2, k] * low - busy[k, n]
+                slowed = combined(compute[k, n], memory[k, n] * demand, per_operator[2, k])
+                total[n] += slowed - busy[k, n]
     return total
 
 

@@ -21,7 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_duet.plan import JoinedPrefill
+from vllm_duet.plan import JoinedPrefill, directive_of
 from vllm_duet.sim.executor import Ran, SimulatedGpu
 from vllm_duet.sim.traces import TraceRequest, prompts
 
@@ -67,6 +67,19 @@ class SimulatedClock:
 
     def __call__(self) -> float:
         return self.ms / 1e3
+
+
+def made_up_output(output: SchedulerOutput, scheduler: Scheduler) -> ModelRunnerOutput:
+    """One token for every request whose prompt this step completes.
+
+    To be asked right after the step was scheduled: it reads the requests' state.
+    """
+    requests, ids = scheduler.requests, list(output.num_scheduled_tokens)
+    return ModelRunnerOutput(
+        req_ids=ids,
+        req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
+        sampled_token_ids=[[] if requests[i].is_prefill_chunk else [TOKEN] for i in ids],
+    )
 
 
 class SimulatedEngine:
@@ -156,12 +169,12 @@ class SimulatedEngine:
         ]
 
     def _launch(self, output: SchedulerOutput) -> tuple[ModelRunnerOutput, Ran]:
-        result = self._made_up(output)
-        directive = getattr(output, "duet", None)
+        result = made_up_output(output, self.scheduler)
+        directive = directive_of(output)
         join_after = None
         if directive is not None and directive.launch is not None:
             launch = directive.launch
-            self._prefill_results[launch.launch_id] = self._made_up(launch.output)
+            self._prefill_results[launch.launch_id] = made_up_output(launch.output, self.scheduler)
             if self._join_after_lookahead:
                 join_after = self.scheduler.plan_in_flight.lookahead
         ran = self.gpu.run(output, self.clock.ms + self._costs.launch_ms, join_after)
@@ -171,16 +184,3 @@ class SimulatedEngine:
         # The engine's thread launches an eager prefill kernel by kernel.
         self.clock.ms += ran.launch_cpu_ms
         return result, ran
-
-    def _made_up(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """One token for every request whose prompt this step completes.
-
-        To be asked right after the step was scheduled: it reads the requests' state.
-        """
-        requests = self.scheduler.requests
-        ids = list(output.num_scheduled_tokens)
-        return ModelRunnerOutput(
-            req_ids=ids,
-            req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
-            sampled_token_ids=[[] if requests[i].is_prefill_chunk else [TOKEN] for i in ids],
-        )

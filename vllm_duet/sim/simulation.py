@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,31 @@ class Outcome:
     preemptions: int
     steps_by_mode: dict[str, int]
     num_gpus: int = 1
+
+
+def scheduler_alone(
+    scheduler_cls: type, config: VllmConfig, shape: ModelShape, **kwargs: Any
+) -> Any:
+    """A scheduler without an engine, with a KV cache of ``config``'s number of blocks."""
+    spec = FullAttentionSpec(
+        block_size=BLOCK_SIZE,
+        num_kv_heads=shape.num_kv_heads,
+        head_size=shape.head_dim,
+        dtype=torch.bfloat16,
+    )
+    kv_cache_config = KVCacheConfig(
+        num_blocks=config.cache_config.num_gpu_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+    )
+    return scheduler_cls(
+        config,
+        kv_cache_config=kv_cache_config,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK_SIZE,
+        log_stats=False,
+        **kwargs,
+    )
 
 
 class Simulation:
@@ -179,28 +203,28 @@ class Simulation:
 
     def engine(self, *, prefill_is_free: bool = False) -> SimulatedEngine:
         """A fresh engine with an empty KV cache."""
+        options, clock = self.options, SimulatedClock()
+        roofline = Roofline(self.shape, self.profile)
         if prefill_is_free:
             # No chunks: prompts cost nothing, and whole ones arrive.
-            other = copy(self)
-            other.__dict__.pop("_vllm_config", None)
-            other.options = replace(self.options, max_num_batched_tokens=self.kv_cache_tokens)
-            return other._engine(_FreePrefill)
-        return self._engine(GroundTruth)
-
-    def _engine(self, truth_cls: type[GroundTruth]) -> SimulatedEngine:
-        options, clock = self.options, SimulatedClock()
-        truth = truth_cls(Roofline(self.shape, self.profile), options.disturbances)
+            truth: GroundTruth = _FreePrefill(roofline, options.disturbances)
+            config = self._vllm_config(max_num_batched_tokens=self.kv_cache_tokens)
+        else:
+            truth = GroundTruth(roofline, options.disturbances)
+            config = self._vllm_config(options.max_num_batched_tokens)
         scheduler: Any
         if self.system.policy is None:
-            scheduler = self._scheduler(AsyncScheduler)
+            scheduler = scheduler_alone(AsyncScheduler, config, self.shape)
         else:
             limits = PolicyLimits(tbt_slo_ms=options.tbt_slo_ms, max_lookahead=1 << 30)
-            roofline = forecaster(
+            forecast = forecaster(
                 self.shape, self.profile, self.system, options.model_error, options.seed
             )
-            scheduler = self._scheduler(
+            scheduler = scheduler_alone(
                 SimulatedDuetScheduler,
-                policy=functools.partial(self.system.policy, roofline, limits),
+                config,
+                self.shape,
+                policy=functools.partial(self.system.policy, forecast, limits),
                 clock=clock,
                 follows=self.system.follows,
             )
@@ -212,39 +236,15 @@ class Simulation:
             join_after_lookahead=not self.system.event_join,
         )
 
-    def _scheduler(self, scheduler_cls: type, **kwargs: Any) -> Any:
-        config = self._vllm_config
-        spec = FullAttentionSpec(
-            block_size=BLOCK_SIZE,
-            num_kv_heads=self.shape.num_kv_heads,
-            head_size=self.shape.head_dim,
-            dtype=torch.bfloat16,
-        )
-        kv_cache_config = KVCacheConfig(
-            num_blocks=self.kv_cache_tokens // BLOCK_SIZE,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-        )
-        return scheduler_cls(
-            config,
-            kv_cache_config=kv_cache_config,
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK_SIZE,
-            log_stats=False,
-            **kwargs,
-        )
-
-    @functools.cached_property
-    def _vllm_config(self) -> VllmConfig:
-        options = self.options
+    def _vllm_config(self, max_num_batched_tokens: int) -> VllmConfig:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(self._hf_config))
             config = EngineArgs(
                 model=folder,
                 skip_tokenizer_init=True,
                 max_model_len=self.max_model_len,
-                max_num_batched_tokens=options.max_num_batched_tokens,
-                max_num_seqs=min(options.max_num_seqs, options.max_num_batched_tokens),
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=min(self.options.max_num_seqs, max_num_batched_tokens),
                 additional_config={"duet": {"mode": "aggregated"}},
             ).create_engine_config()
         config.cache_config.num_gpu_blocks = self.kv_cache_tokens // BLOCK_SIZE

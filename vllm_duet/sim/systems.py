@@ -20,6 +20,7 @@ from vllm_duet.policy import (
     Load,
     Policy,
     PolicyLimits,
+    sm_groups,
 )
 from vllm_duet.roofline import (
     BatchSummary,
@@ -95,10 +96,7 @@ class PaperPolicy:
     """
 
     def __init__(self, roofline: Roofline, limits: PolicyLimits, _: StepTimeCorrection) -> None:
-        step = roofline.profile.sm_granularity
-        first = -(-roofline.profile.min_sms // step) * step
-        last = roofline.profile.num_sms - roofline.profile.min_sms
-        self._lanes = np.arange(first, last + 1, step)
+        self._lanes = np.array(sm_groups(roofline.profile))
         self._num_sms = roofline.profile.num_sms
         self._roofline, self._bound_ms = roofline, limits.tbt_slo_ms
 
@@ -174,37 +172,19 @@ class CountsAdded(ForecastPolicy):
         return float(mixed_ms - prefill_ms)
 
 
-def _bound_only(
-    roofline: Roofline, limits: PolicyLimits, correction: StepTimeCorrection
-) -> ForecastPolicy:
-    return ForecastPolicy(roofline, replace(limits, split_for_throughput=False), correction)
+def _limited(**changes: Any) -> PolicyFactory:
+    """ForecastPolicy with other limits."""
+
+    def policy(
+        roofline: Roofline, limits: PolicyLimits, correction: StepTimeCorrection
+    ) -> ForecastPolicy:
+        return ForecastPolicy(roofline, replace(limits, **changes), correction)
+
+    return policy
 
 
 def _uncorrected(roofline: Roofline, limits: PolicyLimits, _: StepTimeCorrection) -> ForecastPolicy:
     return ForecastPolicy(roofline, limits)
-
-
-class NeverSplits(ForecastPolicy):
-    """CAPPED and AGGREGATED alone: what a stock GPU build of vllm-duet does today."""
-
-    def decide(
-        self,
-        decode_context_lens: Sequence[int],
-        prefill_query_lens: Sequence[int],
-        prefill_context_lens: Sequence[int],
-        *,
-        can_split: bool,
-        load: Load = IDLE,
-        lane_in_use: int | None = None,
-    ) -> DuetPlan:
-        return super().decide(
-            decode_context_lens,
-            prefill_query_lens,
-            prefill_context_lens,
-            can_split=False,
-            load=load,
-            lane_in_use=lane_in_use,
-        )
 
 
 def _fixed(share: float) -> PolicyFactory:
@@ -242,10 +222,12 @@ SYSTEMS = {
     "duet-counts-alone": System("duet, a decode step worth one alone", CountsAlone),
     "duet-counts-added": System("duet, a decode step worth what it adds", CountsAdded),
     "duet-no-caps": System("duet without CAPPED", Uncapped),
-    "duet-no-splits": System("duet without SPLIT", NeverSplits),
+    "duet-no-splits": System("duet without SPLIT", _limited(decode_sms=())),
     "duet-no-contention": System("duet, blind to contention", ForecastPolicy, contention=False),
     "duet-no-correction": System("duet without the online correction", _uncorrected),
-    "duet-bound-only": System("duet that splits only for the bound", _bound_only),
+    "duet-bound-only": System(
+        "duet that splits only for the bound", _limited(split_for_throughput=False)
+    ),
 }
 
 
