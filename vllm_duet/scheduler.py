@@ -124,7 +124,9 @@ class DuetScheduler(AsyncScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._in_flight:
             return self._schedule_beside(self._in_flight[-1])
-        if self._policy is None or not (self.waiting or self._inflight_prefills):
+        if self._policy is None:
+            return super().schedule(throttle_prefills)
+        if not (self.waiting or self._inflight_prefills):
             return self._schedule_whole(throttle_prefills)
         decodes = [request for request in self.running if not request.is_prefill_chunk]
         if not decodes:

@@ -59,9 +59,11 @@ class StepTimes:
         scheduler_output.duet_step = Step(kind, ms, self.clock())
 
     def ended(self, scheduler_output: Any) -> None:
-        """Its output has arrived: learn from it."""
+        """Its output has arrived: learn from it, if it was :meth:`scheduled`."""
+        step: Step | None = getattr(scheduler_output, "duet_step", None)
+        if step is None:
+            return
         now = self.clock()
-        step: Step = scheduler_output.duet_step
         seconds = now - max(step.scheduled_at, self._last_end)
         self._last_end = now
         if seconds <= 0:
