@@ -3,8 +3,8 @@
 
 Both schedulers are the real ones, in one process, in the same state, and take
 turns; only the time inside ``schedule()`` counts. No model runs: every request
-is given a made-up token. Prints a table of medians, and writes it with
-``--out`` as JSON.
+is given a made-up token. Stock against itself shows how large a difference has to
+be to mean anything. Prints a table of medians, and writes it with ``--out`` as JSON.
 
     python eval/bench_overhead.py --out eval/results/overhead.json
 """
@@ -21,6 +21,8 @@ import shlex
 import statistics
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_duet import scheduler as duet_scheduler
-from vllm_duet.plan import JoinedPrefill, directive_of
+from vllm_duet.plan import JoinedPrefill, Mode, directive_of
 from vllm_duet.roofline import ModelShape
 from vllm_duet.sim.engine import made_up_output
 from vllm_duet.sim.simulation import BLOCK_SIZE, scheduler_alone
@@ -124,7 +126,8 @@ class Lane:
         return seconds
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
+    "no prefill waiting, stock itself": dict(prefill=False, duet=None),
     "no prefill waiting": dict(prefill=False, duet={}),
     "prefill waiting, stays aggregated": dict(
         prefill=True, duet={"tbt_slo_ms": 1000.0, "throughput_margin": 100.0}
@@ -132,25 +135,42 @@ CASES = {
     "prefill waiting, is split": dict(prefill=True, duet={"tbt_slo_ms": 25.0}),
 }
 
+ROUNDS = 4
+"""Each with new schedulers: it matters which one's objects lie closer together."""
+
+WARM_UP = 10
+
+BUSY = 0.2
+"""The share of the time that decodes had to themselves: an idle GPU need not split."""
+
 
 def measure(num_running: int, case: dict[str, Any], repeats: int) -> dict[str, Any]:
-    lanes = {
-        "stock": Lane(make_scheduler(AsyncScheduler, {}), num_running),
-        "duet": Lane(make_scheduler(duet_scheduler.DuetScheduler, case["duet"]), num_running),
-    }
-    modes_before = dict(lanes["duet"].scheduler.num_steps)
-    samples: dict[str, list[float]] = {name: [] for name in lanes}
-    for number in range(repeats + 10):
-        # Whoever goes second finds the caches colder: take turns.
-        for name in sorted(lanes, reverse=bool(number % 2)):
-            lane = lanes[name]
-            seconds = lane.step_with_prefill(number) if case["prefill"] else lane.step()
-            if number >= 10:
-                samples[name].append(seconds * 1000)
-    modes = {
-        mode.value: count - modes_before[mode]
-        for mode, count in lanes["duet"].scheduler.num_steps.items()
-    }
+    def duet() -> Any:
+        return make_scheduler(duet_scheduler.DuetScheduler, case["duet"])
+
+    def stock() -> Any:
+        return make_scheduler(AsyncScheduler, {})
+
+    makers = {"stock": stock, "duet": stock if case["duet"] is None else duet}
+    samples: dict[str, list[float]] = {name: [] for name in makers}
+    modes: Counter[str] = Counter()
+    for turn in range(ROUNDS):
+        lanes = {name: Lane(makers[name](), num_running) for name in in_turn(makers, turn)}
+        ours = lanes["duet"].scheduler
+        decides = isinstance(ours, duet_scheduler.DuetScheduler)
+        before = Counter(ours.num_steps) if decides else Counter()
+        for number in range(-WARM_UP, -(-repeats // ROUNDS)):
+            if decides:
+                ours._step_times._recent = ours._step_times._lasting = BUSY
+            # Whoever goes second finds the caches colder.
+            for name in in_turn(lanes, number):
+                lane = lanes[name]
+                seconds = lane.step_with_prefill(number) if case["prefill"] else lane.step()
+                if number >= 0:
+                    samples[name].append(seconds * 1000)
+        if decides:
+            modes.update(Counter(ours.num_steps) - before)
+        gc.collect()
     medians = {name: statistics.median(values) for name, values in samples.items()}
     return {
         "running": num_running,
@@ -158,8 +178,12 @@ def measure(num_running: int, case: dict[str, Any], repeats: int) -> dict[str, A
         "duet_ms": medians["duet"],
         "added_ms": medians["duet"] - medians["stock"],
         "ratio": medians["duet"] / medians["stock"],
-        "steps_by_mode": modes,
+        "steps_by_mode": {mode.value: modes[mode] for mode in Mode},
     }
+
+
+def in_turn(names: Iterable[str], number: int) -> list[str]:
+    return sorted(names, reverse=bool(number % 2))
 
 
 def main() -> None:
@@ -178,7 +202,6 @@ def main() -> None:
     cells = [(n, name) for name in CASES for n in args.running]
     for num_running, name in track(cells, description="schedule()", console=Console(stderr=True)):
         rows.append({"case": name, **measure(num_running, CASES[name], args.repeats)})
-        gc.collect()
 
     table = Table("case", "running", "stock ms", "duet ms", "added ms", "ratio", "modes")
     for row in rows:

@@ -45,8 +45,7 @@ NUM_CHUNK_SIZES: Final = 64
 """A cap is chosen to within this part of the prefill."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """The share of the time in which decodes had the GPU to themselves.
 
     ``recent`` covers some dozen steps, and is near 0 while prompts are what the GPU is
@@ -223,14 +222,19 @@ def validate_decode_sms(profile: GpuProfile, decode_sms: Sequence[int]) -> tuple
     return tuple(sorted(set(decode_sms)))
 
 
+@njit
 def chunk_sizes(prefill_tokens: int) -> IntArray:
     """Chunks of a prefill to choose from, in tokens, ascending: doubling from
     MIN_CHUNK_TOKENS at first, then in equal steps, and last all of it."""
     grain = -(-prefill_tokens // (NUM_CHUNK_SIZES * MIN_CHUNK_TOKENS)) * MIN_CHUNK_TOKENS
-    sizes = [MIN_CHUNK_TOKENS << n for n in range((grain // MIN_CHUNK_TOKENS - 1).bit_length())]
-    sizes += range(grain, prefill_tokens, grain)
-    sizes.append(prefill_tokens)
-    return np.array(sizes, dtype=np.int64)
+    sizes = np.empty(NUM_CHUNK_SIZES + 64, dtype=np.int64)
+    count, size = 0, MIN_CHUNK_TOKENS
+    while size < prefill_tokens:
+        sizes[count] = size
+        count += 1
+        size = min(2 * size, grain) if size < grain else size + grain
+    sizes[count] = prefill_tokens
+    return sizes[: count + 1]
 
 
 def speedup(decode_steps: float, decode_ms: float, prefill_ms: float, wall_ms: float) -> float:
@@ -270,7 +274,9 @@ class _Split(NamedTuple):
 @njit
 def _choose_cap(
     forecast_ms: FloatArray,
-    work: FloatArray,
+    tokens: FloatArray,
+    pairs: FloatArray,
+    tokens_per_pair: float,
     factor: float,
     guard: float,
     decode_ms: float,
@@ -281,12 +287,14 @@ def _choose_cap(
 ) -> tuple[int, float, float]:
     """The mixed step to compare splits with: its index, its speedup, and the bound.
 
-    ``forecast_ms`` and ``work`` are [N], by size of the chunk; the last is the whole
-    prefill. ``decode_ms`` and ``prefill_ms`` are the prices of :func:`speedup`, and
+    ``forecast_ms``, ``tokens`` and ``pairs`` are [N], by size of the chunk; the last is
+    the whole prefill. Of its work a chunk does tokens + ``tokens_per_pair`` pairs, in
+    proportion. ``decode_ms`` and ``prefill_ms`` are the prices of :func:`speedup`, and
     ``splits_ms`` is the smallest TBT of a split, guard included, which matters where
     nothing keeps the bound. The speedup is -inf where no chunk does.
     """
     last = forecast_ms.size - 1
+    work = tokens + tokens_per_pair * pairs
     lowest_ms = min(splits_ms, forecast_ms.min() * factor * guard)
     if lowest_ms > bound_ms:
         bound_ms = lowest_ms * must_beat
@@ -388,7 +396,9 @@ class ForecastPolicy:
             )
             chunk, best_mixed, bound_ms = _choose_cap(
                 chunks_ms,
-                chunk_tokens + self._tokens_per_pair * pairs,
+                chunk_tokens,
+                pairs,
+                self._tokens_per_pair,
                 factor,
                 guard,
                 *prices,
@@ -441,8 +451,9 @@ class ForecastPolicy:
         decodes are few, which beside a prefill they get for nothing. Where the GPU keeps
         up easily, the least is right too: prompts are then served soonest.
         """
+        busy, idle = BUSY_SHARES
         weight = min(1.0, load.recent / DECODE_BOUND_SHARE)
-        weight *= float(np.interp(load.lasting, BUSY_SHARES, (1.0, 0.0)))
+        weight *= min(1.0, max(0.0, (idle - load.lasting) / (idle - busy)))
         return weight * decode_ms + (1 - weight) * (mixed_ms - prefill_ms)
 
     def chunk_sizes(self, prefill_tokens: int) -> IntArray:
@@ -452,8 +463,8 @@ class ForecastPolicy:
     def _splits(
         self,
         lanes: IntArray,
-        step_ms: FloatArray,
-        until_done_ms: FloatArray,
+        step_ms: Sequence[float],
+        until_done_ms: Sequence[float],
         decode_ms: float,
         prefill_ms: float,
         *,
@@ -463,7 +474,7 @@ class ForecastPolicy:
         factor, guard = self._correct(DECODE_LANE)
         prefill_factor, _ = self._correct(PREFILL_LANE)
         splits = []
-        forecasts = zip(lanes.tolist(), step_ms.tolist(), until_done_ms.tolist(), strict=True)
+        forecasts = zip(lanes.tolist(), step_ms, until_done_ms, strict=True)
         for decode_sms, tbt_ms, done_ms in forecasts:
             lane_ms = tbt_ms * factor
             steps = done_ms * prefill_factor / lane_ms

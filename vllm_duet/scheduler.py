@@ -15,10 +15,10 @@ A step goes one of three ways through ``schedule``:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from vllm.logger import init_logger
@@ -128,23 +128,27 @@ class DuetScheduler(AsyncScheduler):
             return super().schedule(throttle_prefills)
         if not (self.waiting or self._inflight_prefills):
             return self._schedule_whole(throttle_prefills)
-        decodes = [request for request in self.running if not request.is_prefill_chunk]
+        decodes, prompts = self.running, list[Request]()
+        if self._inflight_prefills:
+            decodes = [request for request in self.running if not request.is_prefill_chunk]
+            prompts = [request for request in self.running if request.is_prefill_chunk]
         if not decodes:
             return self._schedule_whole(throttle_prefills)
-        plan, prefill_tokens = self._decide(self._policy, decodes)
-        if plan.mode is not Mode.AGGREGATED:
+        num_decodes = len(decodes)
+        plan, prefill_tokens = self._decide(self._policy, decodes, prompts)
+        if plan.mode is not Mode.AGGREGATED and prompts:
             # Decodes first: a cut budget must not run out on a prompt before them.
-            self.running = decodes + [r for r in self.running if r.is_prefill_chunk]
-        with self._prefill_tokens_capped(len(decodes), plan.max_prefill_tokens):
+            self.running = decodes + prompts
+        with self._prefill_tokens_capped(num_decodes, plan.max_prefill_tokens):
             output = super().schedule(throttle_prefills)
-        as_planned = output.total_num_scheduled_tokens == len(decodes) + prefill_tokens
+        as_planned = output.total_num_scheduled_tokens == num_decodes + prefill_tokens
         if plan.mode is Mode.SPLIT:
             if not as_planned and all(batch := batch_of(output)):
                 # The prefix cache held some of it, or the KV cache had no room.
                 plan = self._policy.decide(*batch, can_split=True, load=self._step_times.load)
             if (
                 plan.mode is Mode.SPLIT
-                and (decode := self._split(output, plan, len(decodes))) is not None
+                and (decode := self._split(output, plan, num_decodes)) is not None
             ):
                 return decode
             plan, as_planned = replace(plan, mode=Mode.AGGREGATED), False
@@ -161,24 +165,20 @@ class DuetScheduler(AsyncScheduler):
     def _decide(
         self,
         policy: Policy,
-        decodes: list[Request],
-        *,
-        newcomers_only: bool = False,
+        decodes: Sequence[Request],
+        prompts: Sequence[Request] = (),
         decode_sms: int | None = None,
     ) -> tuple[DuetPlan, int]:
         """Ask the policy about the batch the stock scheduler is about to build.
 
+        It has ``decodes``, then what is left of ``prompts``, then those that wait.
         ``decode_sms`` are the decode lane's if it is in use. Returns the plan, and how
         many prefill tokens the step should have by it.
         """
         budget = self.max_num_scheduled_tokens - len(decodes)
-        prompts: list[Request] = []
-        if not newcomers_only:
-            prompts += (request for request in self.running if request.is_prefill_chunk)
-        prompts += islice(self.waiting, MAX_WAITING_LOOKED_AT)
         query_lens: list[int] = []
         context_lens: list[int] = []
-        for request in prompts:
+        for request in chain(prompts, islice(self.waiting, MAX_WAITING_LOOKED_AT)):
             if budget <= 0:
                 break
             tokens = min(budget, request.num_tokens - request.num_computed_tokens)
@@ -295,9 +295,7 @@ class DuetScheduler(AsyncScheduler):
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         if free <= len(self.running) * len(self.kv_cache_config.kv_cache_groups):
             return None
-        plan, _ = self._decide(
-            self._policy, self.running, newcomers_only=True, decode_sms=prefill.plan.decode_sms
-        )
+        plan, _ = self._decide(self._policy, self.running, decode_sms=prefill.plan.decode_sms)
         return plan if plan.mode is Mode.SPLIT else None
 
     def _ends_later(self, prefill: InFlightPrefill) -> bool:

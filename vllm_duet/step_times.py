@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import exp
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_duet.policy import DECODE_ONLY, IDLE, PREFILL_LANE, Load
 from vllm_duet.roofline import StepTimeCorrection
@@ -24,8 +23,7 @@ LASTING_SECONDS = 2.0
 0.3 s, prompts wait longer when a burst begins."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """Travels as the attribute ``duet_step`` of a SchedulerOutput.
 
     ``ms`` is the forecast for a step of this ``kind``, and 0 where there is none.

@@ -36,6 +36,7 @@ else:
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+Features = tuple[float, ...]
 Times = tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]
 
 TINY_MS = 1e-12
@@ -119,26 +120,37 @@ def plan_totals(
     coefficients: FloatArray,
     per_operator: FloatArray,
     by_sms: FloatArray,
-    batches: FloatArray,
+    decode: Features,
+    prefill: Features,
     decode_sms: IntArray,
+    num_experts: float,
+    log_miss: float,
 ) -> FloatArray:
     """Times in ms of all that a policy compares.
 
-    ``batches`` [3, F] are the features of the decodes, of the prefill and of both in
-    one step; ``decode_sms`` [S] the decode lanes. Returns, one after the other, the
-    mixed step, the prefill and the decodes, each alone on all SMs, then the decode steps
-    [S] and the prefills [S] beside each other.
+    ``decode`` [F] and ``prefill`` [F] are features, neither of an empty batch;
+    ``decode_sms`` [S] the decode lanes. Returns, one after the other, the mixed step, the
+    prefill and the decodes, each alone on all SMs, then the decode steps [S] and the
+    prefills [S] beside each other.
+
+    Raises:
+        ValueError: a decode lane leaves no SM for prefill, or has none.
     """
     splits, num_sms = decode_sms.size, by_sms.shape[1] - 1
-    features, sms = np.empty((batches.shape[1], 3)), np.full(3, num_sms)
-    for n in range(3):
-        features[:, n] = batches[2 - n]
+    features, sms = np.empty((len(decode), 3)), np.full(3, num_sms)
+    for f in range(len(decode)):
+        features[f, 0] = decode[f] + prefill[f]
+        features[f, 1], features[f, 2] = prefill[f], decode[f]
+    features[_STEP, 0] = 1
+    features[_EXPERTS, 0] = -num_experts * np.expm1(features[_TOKENS, 0] * log_miss)
     alone = step_times(coefficients, per_operator, by_sms, features, sms)[4]
-    features, sms = np.empty((batches.shape[1], 2 * splits)), np.empty(2 * splits, np.int64)
+    lane_features, sms = np.empty((len(decode), 2 * splits)), np.empty(2 * splits, np.int64)
     for s in range(splits):
-        features[:, s], features[:, splits + s] = batches[0], batches[1]
+        if not 0 < decode_sms[s] < num_sms:
+            raise ValueError("a decode lane must have some of the SMs, and not all")
+        lane_features[:, s], lane_features[:, splits + s] = features[:, 2], features[:, 1]
         sms[s], sms[splits + s] = decode_sms[s], num_sms - decode_sms[s]
-    lanes = pair_totals(coefficients, per_operator, by_sms, features, sms)
+    lanes = pair_totals(coefficients, per_operator, by_sms, lane_features, sms)
     return np.concatenate((alone, lanes))
 
 
@@ -147,7 +159,7 @@ def capped_totals(
     coefficients: FloatArray,
     per_operator: FloatArray,
     by_sms: FloatArray,
-    decode: FloatArray,
+    decode: Features,
     prefills: IntArray,
     sizes: IntArray,
     window: int,
@@ -161,10 +173,11 @@ def capped_totals(
     Returns [3, N]: the times, the prefill tokens, and the (query, key) pairs; for the
     formulas see BatchSummary and ``predictor._window_statistics``.
     """
-    features = np.empty((decode.size, sizes.size))
+    features = np.empty((len(decode), sizes.size))
     found = np.zeros((3, sizes.size))
     for n in range(sizes.size):
-        features[:, n] = decode
+        for f in range(len(decode)):
+            features[f, n] = decode[f]
         left = sizes[n]
         for r in range(prefills.shape[1]):
             if left <= 0:
@@ -190,6 +203,7 @@ def capped_totals(
 
 
 (
+    _STEP,
     _TOKENS,
     _SAMPLED,
     _HAS_PREFILL,
@@ -202,6 +216,7 @@ def capped_totals(
 ) = (
     FEATURES.index(name)
     for name in (
+        "step",
         "tokens",
         "sampled",
         "has_prefill",

@@ -12,7 +12,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from vllm_duet.roofline.hardware import GpuProfile
 from vllm_duet.roofline.kernels import (
+    Features,
     capped_totals,
     pair_totals,
     plan_totals,
@@ -430,22 +430,28 @@ class Roofline:
 
     def plan_ms(
         self, decode: BatchSummary, prefill: BatchSummary, decode_sms: IntArray
-    ) -> tuple[float, float, float, FloatArray, FloatArray]:
+    ) -> tuple[float, float, float, list[float], list[float]]:
         """All the times a policy compares, in one pass, in ms.
 
         Returns the mixed step, the prefill alone and the decodes alone, on all SMs, and
         of the splits with ``decode_sms`` [S] SMs for decode and the rest for prefill,
         the times of both lanes [S], as :meth:`pair_ms` gives them. The summaries'
-        fields are numbers.
+        fields are numbers, and neither summary is empty.
 
         Raises:
-            ValueError: a group is not within 1..the GPU's SMs.
+            ValueError: a decode lane leaves no SM for prefill, or has none.
         """
-        batches = self._features(decode, prefill, decode + prefill)
-        times = plan_totals(*self._tables, batches, decode_sms)
-        mixed_ms, prefill_ms, decode_ms = times[:3].tolist()
-        lanes = times[3:].reshape(2, -1)
-        return mixed_ms, prefill_ms, decode_ms, lanes[0], lanes[1]
+        times = plan_totals(
+            *self._tables,
+            self._features(decode),
+            self._features(prefill),
+            decode_sms,
+            self._num_experts,
+            self._log_miss,
+        )
+        mixed_ms, prefill_ms, decode_ms, *lanes = times.tolist()
+        splits = decode_sms.size
+        return mixed_ms, prefill_ms, decode_ms, lanes[:splits], lanes[splits:]
 
     def capped_ms(
         self,
@@ -462,7 +468,7 @@ class Roofline:
         """
         ms, tokens, pairs = capped_totals(
             *self._tables,
-            self._features(decode)[0],
+            self._features(decode),
             np.array([query_lens, context_lens]),
             sizes,
             self._window or 0,
@@ -479,7 +485,7 @@ class Roofline:
         Raises:
             ValueError: ``num_sms`` is not within 1..the GPU's.
         """
-        features = self._features(self.summarize(batch))[0]
+        features = np.array(self._features(self.summarize(batch)))
         compute, memory, _, busy, total = step_times(
             *self._tables, features[:, None], self._checked(np.array([num_sms]))
         )
@@ -533,11 +539,10 @@ class Roofline:
             raise ValueError(f"num_sms must be within 1..{self.profile.num_sms}, not {wrong}")
         return sms.reshape(-1)
 
-    def _features(self, *summaries: BatchSummary) -> FloatArray:
-        """[N, F] of N summaries of numbers; five times as fast as np.array."""
-        numbers: Any = chain.from_iterable(map(self._feature_values, summaries))
-        values = array("d", numbers)
-        return np.frombuffer(values).reshape(len(summaries), -1)
+    def _features(self, summary: BatchSummary) -> Features:
+        """[F] of a summary of numbers; a kernel is given a tuple sooner than an array."""
+        values: Any = self._feature_values(summary)
+        return tuple(map(float, values))
 
     def _feature_values(self, s: BatchSummary) -> _Values:
         """The summary in the order of FEATURES."""

@@ -79,11 +79,11 @@ class NoContention(Roofline):
 
     def plan_ms(
         self, decode: BatchSummary, prefill: BatchSummary, decode_sms: IntArray
-    ) -> tuple[float, float, float, Any, Any]:
+    ) -> tuple[float, float, float, list[float], list[float]]:
         whole = super().plan_ms(decode, prefill, decode_sms)[:3]
         prefill_sms = self.profile.num_sms - decode_sms
         lanes = self.step_ms(decode, decode_sms), self.step_ms(prefill, prefill_sms)
-        return *whole, np.asarray(lanes[0]), np.asarray(lanes[1])
+        return *whole, np.asarray(lanes[0]).tolist(), np.asarray(lanes[1]).tolist()
 
 
 class PaperPolicy:
@@ -118,7 +118,7 @@ class PaperPolicy:
         tokens = sum(prefill_query_lens)
 
         def rank(lane: int) -> tuple[float, float]:
-            step_ms, prefill_ms = float(steps_ms[lane]), float(prefills_ms[lane])
+            step_ms, prefill_ms = steps_ms[lane], prefills_ms[lane]
             if step_ms > self._bound_ms:
                 return 0.0, -step_ms
             steps = ceil(prefill_ms / step_ms)
@@ -127,7 +127,7 @@ class PaperPolicy:
             ), 0.0
 
         lane = max(range(self._lanes.size), key=rank)
-        step_ms, prefill_ms = float(steps_ms[lane]), float(prefills_ms[lane])
+        step_ms, prefill_ms = steps_ms[lane], prefills_ms[lane]
         decode_sms = int(self._lanes[lane])
         return DuetPlan(
             Mode.SPLIT,
