@@ -77,6 +77,16 @@ def test_measured_curves_are_interpolated(tmp_path: Path) -> None:
     assert profile.bandwidth_fractions()[[33, 66]] == pytest.approx([0.8, 0.8 + 0.2 / 3])
 
 
+@pytest.mark.parametrize("contention", [0, 0.4, 2.5])
+def test_contention_is_read_with_its_source(tmp_path: Path, contention: float) -> None:
+    assert _load(tmp_path, _data()).contention == 1.0
+    data = _data() | {"contention": contention}
+    with pytest.raises(ProfileError, match="'sources' does not say where 'contention' comes from"):
+        _load(tmp_path, data)
+    data["sources"]["contention"] = "measured"
+    assert _load(tmp_path, data).contention == contention
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -87,6 +97,7 @@ def test_measured_curves_are_interpolated(tmp_path: Path) -> None:
         ({"hbm_bytes_per_s": 0}, "'hbm_bytes_per_s' must be above 0"),
         ({"gemm_fraction": 1.2}, "'gemm_fraction' must be at most 1, not 1.2"),
         ({"measured": "yes"}, "'measured' must be true or false"),
+        ({"contention": -1}, "'contention' must be a number of at least 0, not -1"),
         ({"peak_flops": 9}, "'peak_flops' must be a mapping of names to numbers, not 9"),
         ({"sources": {}}, "'sources' does not say where 'num_sms' comes from"),
         (

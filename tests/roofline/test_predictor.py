@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from vllm_duet.roofline import (
     OperatorTime,
     Roofline,
 )
+from vllm_duet.roofline.kernels import step_times
 
 SMS = 132
 BATCHES = st.lists(
@@ -292,6 +293,50 @@ def test_two_bandwidth_bound_lanes_halve_each_other() -> None:
     assert pair.decode_ms == pytest.approx(pair.prefill_ms)
     assert pair.decode.ms < 1.2 * whole.ms
     assert pair.decode_ms == pytest.approx(2 * whole.ms, rel=0.1)
+
+
+def test_contention_scales_what_two_lanes_take_from_each_other() -> None:
+    roofline = roofline_of("llama3-8b")
+    decode = roofline.summarize(Batch([1] * 128, [20000] * 128))
+
+    def added_ms(contention: float) -> float:
+        other = Roofline(roofline.shape, replace(roofline.profile, contention=contention))
+        return other.pair_ms(decode, decode, 66, 66)[0] - other.step_ms(decode, 66)
+
+    assert added_ms(0.0) == 0
+    some, twice, thrice = (added_ms(c) for c in (1.0, 2.0, 3.0))
+    assert 0 < added_ms(0.5) < some < twice
+    # Beyond the first step the bus bounds every operator, and its time is linear.
+    assert thrice - twice == pytest.approx(twice - some)
+
+
+@given(BATCHES, BATCHES, st.integers(8, SMS - 8))
+@settings(max_examples=40)
+def test_at_contention_one_memory_time_grows_by_the_demand(
+    decode: Batch, prefill: Batch, sms: int
+) -> None:
+    """To the last bit, by the rule without a factor: forecasts of profiles that have
+    no contention stay what they were."""
+    roofline = roofline_of("qwen3-8b")
+    lanes = roofline.summarize(decode), roofline.summarize(prefill)
+    found = roofline.pair_ms(*lanes, sms, SMS - sms)
+    unoverlapped = roofline._tables[1][2]
+    alone = []
+    for summary, count in zip(lanes, (sms, SMS - sms), strict=True):
+        features = roofline._features(summary)[0][:, None]
+        alone.append(step_times(*roofline._tables, features, np.array([count])))
+    for lane in (0, 1):
+        compute, memory, bus, busy, total = alone[lane]
+        other = alone[1 - lane]
+        # Added up in the kernel's order, as np.sum's would round otherwise.
+        beside = sum(other[2][:, 0].tolist()) / max(other[4][0], 1e-12)
+        expected = total[0]
+        for k, u in enumerate(unoverlapped):
+            demand = bus[k, 0] / max(busy[k, 0], 1e-12) + beside
+            if demand > 1:
+                first, second = compute[k, 0], memory[k, 0] * demand
+                expected += max(first, second) + u * min(first, second) - busy[k, 0]
+        assert found[lane] == expected
 
 
 def test_a_compute_bound_neighbour_costs_little() -> None:

@@ -8,7 +8,7 @@ writes the same format with measured curves. Every number names its source.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,6 +57,10 @@ class GpuProfile:
     Curves: where present, ``compute_curve`` and ``bandwidth_curve`` are measured
     points (SMs, fraction of the rate of the whole GPU), interpolated linearly.
 
+    Side by side: ``contention`` is how much memory time grows where two lanes ask
+    for more than the memory bus has, see ``Roofline.pair_ms``. 1 shares the bus in
+    proportion and is taken where nothing was measured; 0 is no slowdown at all.
+
     ``sources`` says for each other field where its numbers come from.
     """
 
@@ -92,9 +96,10 @@ class GpuProfile:
     sources: Mapping[str, str]
     compute_curve: Curve = ()
     bandwidth_curve: Curve = ()
+    contention: float = 1.0
 
     _UNSOURCED: ClassVar = frozenset({"name", "device_names", "measured", "sources"})
-    _MAY_BE_ZERO: ClassVar = frozenset({"measured", "unoverlapped", "wave_fraction"})
+    _MAY_BE_ZERO: ClassVar = frozenset({"measured", "unoverlapped", "wave_fraction", "contention"})
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> GpuProfile:
@@ -191,7 +196,7 @@ def _checked(data: Any, path: Path) -> GpuProfile:
     values: dict[str, Any] = {}
     for key, f in known.items():
         if key not in data:
-            if key in ("compute_curve", "bandwidth_curve"):
+            if f.default is not MISSING:
                 continue
             raise fail(f"missing key {key!r}")
         try:

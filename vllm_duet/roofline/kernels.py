@@ -10,7 +10,7 @@ Tables, for K operators, F features and G SMs:
 
 * ``coefficients`` [3 K + 1, F]: K rows of compute time that is linear in the features, K
   of tile rows, K of memory time, one of fixed time; ms on the whole GPU;
-* ``per_operator`` [3, K]: tile columns, ms of a wave, ``unoverlapped``;
+* ``per_operator`` [4, K]: tile columns, ms of a wave, ``unoverlapped``, ``contention``;
 * ``by_sms`` [4, G + 1]: 1/S, 1/C(S), 1/B(S), and how much slower a tile runs on one of S
   SMs than on one of all; column 0 is never read.
 """
@@ -73,7 +73,7 @@ def step_times(
     compute, memory = np.empty((operators, steps)), np.empty((operators, steps))
     busy, total = np.empty((operators, steps)), work[rows - 1].copy()
     for k in range(operators):
-        columns, wave_ms, unoverlapped = per_operator[:, k]
+        columns, wave_ms, unoverlapped = per_operator[:3, k]
         for n in range(steps):
             per_sm, per_compute, per_bandwidth, wave_scale = by_sms[:, sms[n]]
             waves = np.ceil(np.ceil(work[operators + k, n]) * columns * per_sm)
@@ -110,7 +110,8 @@ def pair_totals(
         for k in range(operators):
             demand = bus[k, n] / max(busy[k, n], TINY_MS) + beside
             if demand > 1.0:
-                slowed = combined(compute[k, n], memory[k, n] * demand, per_operator[2, k])
+                growth = 1.0 + per_operator[3, k] * (demand - 1.0)
+                slowed = combined(compute[k, n], memory[k, n] * growth, per_operator[2, k])
                 total[n] += slowed - busy[k, n]
     return total
 

@@ -256,6 +256,7 @@ class Roofline:
         profile, count = self.profile, len(ops)
         compute, rows, memory, overhead, link = (np.zeros((count, len(FEATURES))) for _ in range(5))
         columns, wave, unoverlapped = (np.zeros((count, 1)) for _ in range(3))
+        contention = np.full((count, 1), profile.contention)
         self._flops = np.stack([op.repeats * _vector(op.flops) for op in ops])
         self._bytes = np.stack([op.repeats * _vector(op.bytes) for op in ops])
         for k, op in enumerate(ops):
@@ -283,7 +284,7 @@ class Roofline:
         fixed = (overhead + link).sum(axis=0, keepdims=True)
         return (
             np.vstack([compute, rows, memory, fixed]),
-            np.hstack([columns, wave, unoverlapped]).T.copy(),
+            np.hstack([columns, wave, unoverlapped, contention]).T.copy(),
         )
 
     def summarize(self, batch: Batch) -> BatchSummary:
@@ -407,10 +408,11 @@ class Roofline:
 
         Broadcasts as :meth:`step_ms`. SM groups do not divide bandwidth. Alone,
         operator k of a lane takes the share d_k of the memory bus while it runs,
-        and the other lane takes D on average. Where d_k + D > 1 both are served in
-        proportion, so the memory time of k grows by d_k + D; its arithmetic does
-        not. Source: design.md, "Roofline, in short" (demands add up); the sharing
-        rule is an assumption to be replaced by measurement.
+        and the other lane takes D on average. Where d_k + D > 1 the memory time of k
+        grows by 1 + c (d_k + D - 1), with c = the profile's ``contention``; its
+        arithmetic does not. At c = 1 both are served in proportion. Source:
+        design.md, "Roofline, in short" (demands add up); the sharing rule is an
+        assumption, and c its measure on a GPU.
 
         Raises:
             ValueError: a group is not within 1..the GPU's SMs.
