@@ -132,7 +132,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prefill waiting, stays aggregated": dict(
         prefill=True, duet={"tbt_slo_ms": 1000.0, "throughput_margin": 100.0}
     ),
-    "prefill waiting, is split": dict(prefill=True, duet={"tbt_slo_ms": 25.0}),
+    "prefill waiting, bound of 25 ms": dict(prefill=True, duet={"tbt_slo_ms": 25.0}),
 }
 
 ROUNDS = 4
