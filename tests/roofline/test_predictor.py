@@ -323,7 +323,7 @@ def test_at_contention_one_memory_time_grows_by_the_demand(
     unoverlapped = roofline._tables[1][2]
     alone = []
     for summary, count in zip(lanes, (sms, SMS - sms), strict=True):
-        features = roofline._features(summary)[0][:, None]
+        features = np.array(roofline._features(summary))[:, None]
         alone.append(step_times(*roofline._tables, features, np.array([count])))
     for lane in (0, 1):
         compute, memory, bus, busy, total = alone[lane]
