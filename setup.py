@@ -41,6 +41,7 @@ setup(
         "sim": ["jinja2", "matplotlib"],
         "dev": [
             "accelerate",
+            "cuda-bindings",  # without a driver too: the fake one is compared with it
             "gguf",
             "httpx",
             "hypothesis",

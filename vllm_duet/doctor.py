@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_duet.lanes.green_context import GREEN_CONTEXT_CUDA
 from vllm_duet.plan import Mode
 from vllm_duet.roofline import (
     GpuProfile,
@@ -26,9 +27,6 @@ from vllm_duet.roofline import (
 )
 from vllm_duet.support import LIMITS, Limit
 from vllm_duet.version import __version__, check_vllm_version, installed_vllm
-
-GREEN_CONTEXT_CUDA = (12, 4)
-"""The first CUDA version whose driver has green contexts."""
 
 GPU_MEMORY_UTILIZATION = 0.92
 """The part of the GPU's memory that vLLM takes, unless told otherwise."""
@@ -161,8 +159,8 @@ def _lane_obstacles(machine: Machine) -> list[str]:
     elif machine.driver_cuda is None or machine.driver_cuda < GREEN_CONTEXT_CUDA:
         needed = ".".join(map(str, GREEN_CONTEXT_CUDA))
         obstacles.append(
-            f"NVIDIA driver {machine.driver} is too old for green contexts,"
-            f" which came with CUDA {needed}."
+            f"NVIDIA driver {machine.driver} is too old for green contexts and streams in them,"
+            f" which came with CUDA 12.4 and {needed}."
         )
     if machine.cuda_bindings is None:
         obstacles.append("cuda.bindings is not installed: pip install 'vllm-duet[cuda]'.")
