@@ -245,13 +245,23 @@ def test_a_plan_is_well_formed_and_carries_the_forecast(
 @given(CASES, BOUNDS)
 def test_no_plan_that_keeps_the_bound_is_faster(case: Case, bound_ms: float) -> None:
     lanes = decode_sm_candidates(case.roofline.profile)
-    chosen = case.decide(PolicyLimits(bound_ms, throughput_margin=0.0))
+    limits = PolicyLimits(bound_ms, throughput_margin=0.0)
+    chosen, mixed = case.decide(limits), case.decide(limits, can_split=False)
+    rivals = [plan for plan in case.plans(lanes, caps=()) if plan.tbt_ms <= bound_ms]
+    if mixed.tbt_ms <= bound_ms:
+        rivals.append(mixed)
+    for plan in rivals:
+        assert case.speedup(chosen) >= case.speedup(plan) * (1 - 1e-9)
+
+
+@given(CASES, BOUNDS)
+def test_a_prefill_is_cut_as_if_decodes_were_never_alone(case: Case, bound_ms: float) -> None:
+    chosen = case.decide(PolicyLimits(bound_ms, throughput_margin=0.0), can_split=False)
+    busy = replace(case, load=Load(recent=0.0, lasting=0.0))
     caps = chunk_sizes(sum(case.queries)).tolist()[::5]
-    for plan in case.plans(lanes, caps=caps):
-        if plan.mode is Mode.CAPPED and case.mixed_ms() <= bound_ms:
-            continue  # Where the whole prefill fits, no cap is tried.
-        if plan.tbt_ms <= bound_ms:
-            assert case.speedup(chosen) >= case.speedup(plan) * (1 - 1e-9)
+    for plan in case.plans((), caps=caps):
+        if plan.tbt_ms <= bound_ms < case.mixed_ms():
+            assert busy.speedup(chosen) >= busy.speedup(plan) * (1 - 1e-9)
 
 
 @given(CASES, BOUNDS, st.floats(0, 0.5))

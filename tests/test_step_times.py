@@ -53,14 +53,22 @@ def test_load_weighs_time_and_not_steps() -> None:
     assert shares[0].lasting == pytest.approx(shares[1].lasting)
 
 
-def test_time_in_which_nothing_ran_does_not_count() -> None:
+def test_time_in_which_nothing_ran_is_time_to_spare() -> None:
     clock = Clock()
-    times = StepTimes(StepTimeCorrection(), clock)
-    run(times, clock, AGGREGATED_STEP, 0.1, forecast_ms=100)
+    times = StepTimes(StepTimeCorrection(min_samples=1), clock)
+    for _ in range(20):
+        run(times, clock, AGGREGATED_STEP, 0.1, forecast_ms=100)
     before = times.load
-    clock.seconds += 60
+    clock.seconds += 1
     run(times, clock, AGGREGATED_STEP, 1e-6, forecast_ms=1e-3)
-    assert times.load.lasting == pytest.approx(before.lasting, rel=1e-3)
+    assert before.lasting < times.load.lasting < 0.9
+    # It says nothing of how long a step takes, nor of whom the steps belong to.
+    assert times.load.recent == pytest.approx(before.recent, rel=1e-3)
+    assert times.correction is not None
+    assert times.correction.factor(AGGREGATED_STEP) == pytest.approx(1.0)
+    clock.seconds += 60
+    run(times, clock, AGGREGATED_STEP, 1e-6)
+    assert times.load.lasting == pytest.approx(1.0)
 
 
 def test_a_step_scheduled_while_another_ran_is_timed_from_that_ones_end() -> None:

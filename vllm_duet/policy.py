@@ -49,8 +49,8 @@ class Load(NamedTuple):
     """The share of the time in which decodes had the GPU to themselves.
 
     ``recent`` covers some dozen steps, and is near 0 while prompts are what the GPU is
-    short of time for. ``lasting`` covers some seconds, and is high where the GPU keeps up
-    with its prompts easily.
+    short of time for. ``lasting`` covers some seconds, those also in which the GPU had
+    nothing to do, and is high where it keeps up with its prompts easily.
     """
 
     recent: float
@@ -279,6 +279,7 @@ def _choose_cap(
     tokens_per_pair: float,
     factor: float,
     guard: float,
+    added_ms: float,
     decode_ms: float,
     prefill_ms: float,
     bound_ms: float,
@@ -292,6 +293,10 @@ def _choose_cap(
     proportion. ``decode_ms`` and ``prefill_ms`` are the prices of :func:`speedup`, and
     ``splits_ms`` is the smallest TBT of a split, guard included, which matters where
     nothing keeps the bound. The speedup is -inf where no chunk does.
+
+    Between chunks, a decode step is worth ``added_ms``, what it adds to a mixed step: at a
+    higher price those chunks win that cost next to nothing beside reading the weights,
+    and prompts crawl.
     """
     last = forecast_ms.size - 1
     work = tokens + tokens_per_pair * pairs
@@ -302,12 +307,16 @@ def _choose_cap(
     for n in range(last + 1):
         wall_ms = forecast_ms[n] * factor
         if wall_ms * guard <= bound_ms:
-            found = _compiled_speedup(1.0, decode_ms, prefill_ms * work[n] / work[last], wall_ms)
+            rest_ms = (decode_ms + prefill_ms - added_ms) * work[n] / work[last]
+            found = _compiled_speedup(1.0, added_ms, rest_ms, wall_ms)
             if found > best_speedup:
                 best, best_speedup = n, found
+    if best_speedup == -np.inf:
+        return best, best_speedup, bound_ms
     if forecast_ms[last] * factor * guard <= bound_ms and best_speedup <= must_beat * found:
-        best, best_speedup = last, found
-    return best, best_speedup, bound_ms
+        best = last
+    part_ms = prefill_ms * work[best] / work[last]
+    return best, _compiled_speedup(1.0, decode_ms, part_ms, forecast_ms[best] * factor), bound_ms
 
 
 class ForecastPolicy:
@@ -401,6 +410,7 @@ class ForecastPolicy:
                 self._tokens_per_pair,
                 factor,
                 guard,
+                factor * (mixed_ms - prefill_ms),
                 *prices,
                 limits.tbt_slo_ms,
                 min([split.guarded_ms for split in splits], default=np.inf),

@@ -62,8 +62,11 @@ class StepTimes:
         if step is None:
             return
         now = self.clock()
+        idle = step.scheduled_at - self._last_end if self._last_end else 0.0
         seconds = now - max(step.scheduled_at, self._last_end)
         self._last_end = now
+        if idle > 0:
+            self._lasting += (1 - exp(-idle / LASTING_SECONDS)) * (1 - self._lasting)
         if seconds <= 0:
             return
         decode_only = step.kind == DECODE_ONLY
