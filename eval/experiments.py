@@ -46,6 +46,7 @@ TRACES = ("azure-code", "azure-conv", "mooncake")
 TIGHT_BUDGETS = (256, 512, 1024, 2048, DEFAULT_BUDGET)
 """Those worth a search where the bound is under 100 ms."""
 MODEL_ERRORS = (0.0, 0.1, 0.2)
+TABLE_ERROR = 0.1
 
 
 @app.command()
@@ -58,8 +59,12 @@ def goodput(traces: Traces) -> None:
             stock = [Run(workload, "stock", 0, b, bound) for b in budgets]
             duet = [Run(workload, "duet", 0, tbt_slo_ms=bound, model_error=e) for e in MODEL_ERRORS]
             others = [
-                Run(workload, name, 0, tbt_slo_ms=bound, model_error=0.1)
-                for name in ("paper", "fixed-split", "disaggregated")
+                Run(workload, name, 0, tbt_slo_ms=bound, model_error=error)
+                for name, error in (
+                    *(("paper", error) for error in MODEL_ERRORS),
+                    ("fixed-split", 0.0),
+                    ("disaggregated", 0.0),
+                )
                 if bound == 100
             ]
             asked = stock + duet + others
@@ -103,9 +108,12 @@ def sweep(traces: Traces) -> None:
             for name, budget, error in (
                 ("stock", DEFAULT_BUDGET, 0.0),
                 ("stock", best, 0.0),
-                *(("duet", DEFAULT_BUDGET, error) for error in MODEL_ERRORS),
-                ("paper", DEFAULT_BUDGET, 0.1),
-                ("fixed-split", DEFAULT_BUDGET, 0.1),
+                *(
+                    (name, DEFAULT_BUDGET, error)
+                    for name in ("duet", "paper")
+                    for error in MODEL_ERRORS
+                ),
+                ("fixed-split", DEFAULT_BUDGET, 0.0),
                 ("disaggregated", DEFAULT_BUDGET, 0.0),
             )
         ]
@@ -122,9 +130,11 @@ def ratios(traces: Traces) -> None:
     names = [name for name, workload in WORKLOADS.items() if workload.file is None]
     for name in names:
         asked = [Run(name, "stock", 0, b) for b in (512, 1024, 2048, 4096, DEFAULT_BUDGET)]
-        asked += [Run(name, "duet", 0, model_error=0.1), Run(name, "paper", 0, model_error=0.1)]
+        static = len(asked)
+        asked += [Run(name, "duet", 0, model_error=error) for error in MODEL_ERRORS]
+        asked.append(Run(name, "paper", 0, model_error=0.1))
         found = goodputs(runs, asked)
-        best = max(found[:-2])
+        best = max(found[:static])
         rows += [
             {
                 "workload": name,
@@ -167,7 +177,11 @@ def ablation(traces: Traces) -> None:
         rate = round(max(found), 3)
         best = STOCK_BUDGETS[max(range(len(found)), key=lambda i: found[i])]
         asked = [Run(workload, "stock", rate, best)]
-        asked += [Run(workload, name, rate, model_error=0.1) for name in ABLATIONS]
+        asked += [
+            Run(workload, name, rate, model_error=error)
+            for name in ABLATIONS
+            for error in MODEL_ERRORS
+        ]
         rows += _rows(asked, runs.of(asked, workload))
         _write("ablation", rows)
     _print(rows, ("workload", "rate", "system"), FIGURES)
@@ -216,7 +230,10 @@ def _goodput_table(rows: list[dict[str, Any]]) -> str:
         duet = [mine["duet", error] for error in MODEL_ERRORS]
         over = [f"{duet[1] / rate:.2f}" if rate else "-" for rate in (static[best],)]
         default = static[f"stock-{DEFAULT_BUDGET}"]
-        others = [mine.get((name, 0.1)) for name in ("paper", "fixed-split", "disaggregated")]
+        others = [
+            mine.get(key)
+            for key in (("paper", TABLE_ERROR), ("fixed-split", 0.0), ("disaggregated", 0.0))
+        ]
         lines.append(
             [
                 workload,
@@ -234,6 +251,12 @@ def _goodput_table(rows: list[dict[str, Any]]) -> str:
     return _markdown(header.split(", "), lines)
 
 
+def _in_tables(row: dict[str, Any]) -> bool:
+    """Whether a page with one model error has the row: all of what does not forecast."""
+    forecasts = row["system"].startswith(("duet", "paper"))
+    return not forecasts or row["model_error"] == TABLE_ERROR
+
+
 def _sweep_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         [
@@ -245,20 +268,21 @@ def _sweep_table(rows: list[dict[str, Any]]) -> str:
             f"{row['split_share']:.0%}",
         ]
         for row in rows
-        if row["system"] != "duet" or row["model_error"] == 0.1
+        if _in_tables(row)
     ]
     header = "workload, requests/s, system, tokens/s out, TTFT mean, TTFT p99, TBT mean, TBT p99,"
     return _markdown((header + " time split").split(", "), lines)
 
 
 def _ratios_table(rows: list[dict[str, Any]]) -> str:
-    found = {(row["workload"], row["system"]): row["goodput"] for row in rows}
+    found = {(r["workload"], r["system"], r["model_error"]): r["goodput"] for r in rows}
     lines = []
-    for workload in dict.fromkeys(workload for workload, _ in found):
-        static = {s: r for (w, s), r in found.items() if w == workload and s.startswith("stock-")}
+    for workload in dict.fromkeys(key[0] for key in found):
+        mine = {key[1:]: rate for key, rate in found.items() if key[0] == workload}
+        static = {name: rate for (name, _), rate in mine.items() if name.startswith("stock-")}
         best = max(static, key=lambda name: static[name])
-        duet, paper = found[workload, "duet"], found[workload, "paper"]
-        ratio = f"{duet / static[best]:.2f}" if static[best] else "-"
+        duet = [mine["duet", error] for error in MODEL_ERRORS]
+        ratio = f"{mine['duet', TABLE_ERROR] / static[best]:.2f}" if static[best] else "-"
         budget = best.removeprefix("stock-")
         default = _rate(static[f"stock-{DEFAULT_BUDGET}"])
         lines.append(
@@ -266,12 +290,13 @@ def _ratios_table(rows: list[dict[str, Any]]) -> str:
                 workload,
                 default,
                 f"{_rate(static[best])} ({budget})",
-                _rate(duet),
+                *map(_rate, duet),
                 ratio,
-                _rate(paper),
+                _rate(mine["paper", TABLE_ERROR]),
             ]
         )
-    header = "in/out, stock default, best static (budget), duet 10 %, over best, paper"
+    header = "in/out, stock default, best static (budget), duet 0 %, duet 10 %, duet 20 %,"
+    header += " 10 % over best, paper"
     return _markdown(header.split(", "), lines)
 
 
@@ -329,20 +354,12 @@ def _plot_sweep(rows: list[dict[str, Any]]) -> None:
         ("ttft_p99_ms", "p99 TTFT, ms", "log"),
     )
     for workload in sorted({row["workload"] for row in rows}):
-        mine = [row for row in rows if row["workload"] == workload and row["model_error"] != 0.2]
-        systems = list(
-            dict.fromkeys(
-                row["system"] for row in mine if row["system"] != "duet" or row["model_error"]
-            )
-        )
+        mine = [row for row in rows if row["workload"] == workload and _in_tables(row)]
+        systems = list(dict.fromkeys(row["system"] for row in mine))
         figure = Figure(figsize=(20, 4), layout="constrained")
         for axes, (key, label, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for colour, system in zip(COLOURS, systems, strict=False):
-                points = [
-                    (row["rate"], row[key])
-                    for row in mine
-                    if row["system"] == system and (system != "duet" or row["model_error"])
-                ]
+                points = [(row["rate"], row[key]) for row in mine if row["system"] == system]
                 axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=system)
             if key == "tbt_p99_ms":
                 axes.axhline(100, color="grey", linestyle="--", linewidth=1)
