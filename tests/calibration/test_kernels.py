@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import triton
@@ -95,3 +101,25 @@ def test_sm_ids_are_written_by_every_block(monkeypatch: pytest.MonkeyPatch) -> N
     kernels.sm_ids(torch.ones(1024, dtype=torch.int32), sums, found)
     assert found.tolist() == [0, 1, 2, 3, 0, 1]
     assert sums.tolist() == [64 * 1024] * 6
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """To machine code, by Triton's own ptxas, for compute capability 9.0."""
+    script = Path(__file__).parent / "compile_for_gpu.py"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    shown = subprocess.run(
+        [sys.executable, str(script), "90"], env=environment, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    defined = {n for n, f in vars(kernels).items() if hasattr(f, "fn") and n != "_this_sm"}
+    assert set(found) == defined
+    assert all(kernel["cubin_bytes"] for kernel in found.values())
+    # What an L40S, with less than an H100, gives a thread block.
+    assert max(kernel["shared_bytes"] for kernel in found.values()) <= 99 * 1024
+    assert "%smid" in found["_sm_ids"]["ptx"]
+    # Sixteen bytes at a time, or the bandwidth measured is not the GPU's.
+    assert "ld.global.v4.b32" in found["_read"]["ptx"]
+    assert "st.global.v4.b32" in found["_copy"]["ptx"]
+    assert "cp.async.cg.shared.global" in found["_decode_attention"]["ptx"]
+    assert "wgmma.mma_async" in found["_persistent_gemm"]["ptx"]
