@@ -80,7 +80,9 @@ def test_every_work_computes_its_reference(device: CpuDevice, work: Work) -> Non
 def test_a_wrong_kernel_is_refused(device: CpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     right: Callable[..., Any] = torch.mm
     monkeypatch.setattr(torch, "mm", lambda x, w, out: out.copy_(1.05 * right(x, w)))
-    with pytest.raises(CalibrationError, match=r"plain.* is wrong on 2 SMs: relative error 0\.05"):
+    with pytest.raises(
+        CalibrationError, match=r"plain.* is wrong on 2 SMs: relative error 0\.0[45]"
+    ):
         device.prepare([WORKS[0]], device.whole())
 
 
