@@ -221,6 +221,39 @@ def report(
     typer.echo(f"Wrote {out}")
 
 
+@app.command()
+def calibrate(
+    device: Annotated[int, typer.Option(min=0, help="torch's index of the GPU.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="The profile; not given: NAME.yaml.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The profile's name; not given: the GPU's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would run. Needs no GPU.")
+    ] = False,
+) -> None:
+    """Measure this machine's GPU, in under 3 minutes, and write its profile.
+
+    Serve with it: --additional-config '{"duet": {"gpu_profile": "FILE"}}'. Other work on
+    the GPU spoils the measurement.
+    """
+    from vllm_duet.calibration import command
+    from vllm_duet.calibration.device import CalibrationError
+
+    console = Console(stderr=not dry_run)
+    if dry_run:
+        command.dry_run(device, command.steps, command.BUDGET_S, console)
+        return
+    try:
+        path = command.calibrate(command.open_device(device), out, name, console)
+    except CalibrationError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"Wrote {path}")
+
+
 def _simulator() -> Any:
     """The module behind `simulate`. vLLM takes seconds to import, and only it needs vLLM."""
     try:

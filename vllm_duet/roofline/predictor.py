@@ -223,10 +223,17 @@ class Roofline:
     Thread-safe: nothing changes after construction.
     """
 
-    def __init__(self, shape: ModelShape, profile: GpuProfile) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        profile: GpuProfile,
+        step_operators: Sequence[Operator] | None = None,
+    ) -> None:
+        """``step_operators`` are what a step consists of, in place of all of the
+        model's: calibration forecasts what it times, a few operators at a time."""
         self.shape = shape
         self.profile = profile
-        self.operators = operators(shape, profile.expert_tile_rows)
+        self.operators = tuple(step_operators or operators(shape, profile.expert_tile_rows))
         sms = np.arange(profile.num_sms + 1, dtype=np.float64)
         compute = profile.compute_fractions()
         with np.errstate(divide="ignore", invalid="ignore"):
