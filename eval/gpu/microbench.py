@@ -25,7 +25,6 @@ from vllm_duet.calibration import command, experiments, session
 from vllm_duet.calibration.device import CalibrationError, DeviceInfo
 from vllm_duet.calibration.experiments import Step
 from vllm_duet.calibration.facts import facts
-from vllm_duet.calibration.fit import write_profile
 from vllm_duet.roofline import GpuProfile
 
 RESULTS = Path(__file__).parent.parent / "results" / "gpu" / "microbench.json"
@@ -124,6 +123,8 @@ def main(
         results["fit"] = {"errors": dict(fitted.errors), "contention": fitted.profile.contention}
         session.write_json(out, results)
         if profile is not None:
+            from vllm_duet.calibration.fit import write_profile
+
             write_profile(profile, fitted)
             console.print(f"Wrote {profile}")
         command.print_errors(fitted, console)

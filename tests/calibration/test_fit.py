@@ -3,27 +3,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 from calibration.simulated import TRUTH, SimulatedDevice
 
 from vllm_duet.calibration import command, experiments, session
 from vllm_duet.calibration.device import CalibrationError
 from vllm_duet.calibration.experiments import Record, Step
-from vllm_duet.calibration.fit import Fit, curve, fit, least_squares, write_profile
+from vllm_duet.calibration.fit import Fit, curve, fit, write_profile
 from vllm_duet.calibration.session import Results
 from vllm_duet.calibration.work import (
     SHAPE,
-    PagedAttention,
-    gemm,
-    predicted_ms,
-    predicted_pair_ms,
 )
 from vllm_duet.roofline import Batch, GpuProfile, Roofline
 
@@ -143,31 +136,3 @@ def test_curves_rise_and_end_at_the_whole_gpu() -> None:
         *((8, 0.1), (16, 0.25), (24, 0.25), (32, 0.25)),
         *((40, 0.9), (48, 1.0), (132, 1.0)),
     )
-
-
-def test_least_squares_stays_within_its_bounds() -> None:
-    x = np.linspace(0, 1, 20)
-
-    def residuals(values: np.ndarray) -> np.ndarray:
-        return np.exp(values[0] * x) + values[1] - (np.exp(1.5 * x) + 0.3)
-
-    assert least_squares(residuals, [0.1, 0.9], [0, 0], [3, 1]) == pytest.approx([1.5, 0.3])
-    bounded = least_squares(residuals, [0.1, 0.1], [0, 0], [3, 0.2])
-    assert bounded[1] == 0.2 and bounded[0] > 1.5
-
-
-def test_forecasts_need_no_numba() -> None:
-    """It comes with vLLM, and calibration runs without; slower, and to the same numbers."""
-    works, other = (gemm("down", 96), PagedAttention(8, 500)), (gemm("gate_up", 700),)
-    expected = *predicted_pair_ms(BASE, works, other, 24, 108), predicted_ms(BASE, works, 40)
-    code = """
-import sys
-sys.modules["numba"] = None
-from vllm_duet.calibration.work import PagedAttention, gemm, predicted_ms, predicted_pair_ms
-from vllm_duet.roofline import GpuProfile
-base = GpuProfile.load("h100-sxm")
-works, other = (gemm("down", 96), PagedAttention(8, 500)), (gemm("gate_up", 700),)
-print(*predicted_pair_ms(base, works, other, 24, 108), predicted_ms(base, works, 40))
-"""
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert list(map(float, shown.stdout.split())) == pytest.approx(list(expected), rel=1e-12)

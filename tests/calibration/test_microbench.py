@@ -141,7 +141,7 @@ def test_groups_can_be_listed_without_a_gpu(group: str) -> None:
     """In a process of its own: neither the script nor its listing needs torch or vLLM."""
     code = f"""
 import runpy, sys
-sys.modules |= dict.fromkeys(["torch", "triton", "vllm", "numba", "pynvml"])  # not importable
+sys.modules |= dict.fromkeys(["torch", "triton", "vllm", "scipy", "pynvml"])  # not importable
 sys.argv = ["microbench.py", "--dry-run", "--only", "{group}"]
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """

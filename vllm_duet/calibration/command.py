@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,9 +15,11 @@ from vllm_duet.calibration import experiments, session
 from vllm_duet.calibration.device import CalibrationError, Device, DeviceInfo
 from vllm_duet.calibration.experiments import Step
 from vllm_duet.calibration.facts import facts
-from vllm_duet.calibration.fit import Fit, fit, write_profile
 from vllm_duet.calibration.session import Results
 from vllm_duet.roofline import GpuProfile
+
+if TYPE_CHECKING:
+    from vllm_duet.calibration.fit import Fit
 
 BUDGET_S = 150.0
 """With start-up and compilation under three minutes."""
@@ -46,10 +49,12 @@ def open_device(index: int) -> Device:
         CalibrationError: it cannot be calibrated here, in one sentence.
     """
     try:
+        import scipy.optimize  # noqa: F401  # The fit's: found missing before measuring.
+
         from vllm_duet.calibration.cuda import CudaDevice
         from vllm_duet.lanes.green_context import GreenContextError
     except ImportError as error:
-        raise CalibrationError(f"Calibration needs torch and Triton: {error}.") from error
+        raise CalibrationError(f"Calibration needs torch, Triton and SciPy: {error}.") from error
     try:
         return CudaDevice(index)
     except GreenContextError as error:
@@ -136,6 +141,8 @@ def fit_groups(info: DeviceInfo, groups: dict[str, Results], name: str | None = 
     Raises:
         CalibrationError: too little was, or with too many errors.
     """
+    from vllm_duet.calibration.fit import fit
+
     base, known = session.base_profile(info)
     return fit(base, info, session.records_of(groups), known=known, name=name)
 
@@ -146,6 +153,8 @@ def calibrate(device: Device, out: Path | None, name: str | None, console: Conso
     Raises:
         CalibrationError: too little could be measured. Nothing is written then.
     """
+    from vllm_duet.calibration.fit import write_profile
+
     base, known = session.base_profile(device.info)
     if not known:
         console.print(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import yaml
+from scipy import optimize
 
 from vllm_duet.calibration.device import CalibrationError, DeviceInfo
 from vllm_duet.calibration.experiments import Record
@@ -253,17 +254,11 @@ def _fit_contention(maker: _Profile, pairs: Sequence[Record]) -> None:
 
     if not pairs or sum_of_squares(0.0) == sum_of_squares(MAX_CONTENTION):
         return  # Nothing asked for more than the bus has: nothing is known of it.
-    grid = np.linspace(0.0, MAX_CONTENTION, 17)
-    best = float(min(grid, key=sum_of_squares))
-    low, high = max(best - grid[1], 0.0), best + grid[1]
-    while high - low > 1e-3:
-        third = (high - low) / 3
-        if sum_of_squares(low + third) <= sum_of_squares(high - third):
-            high -= third
-        else:
-            low += third
+    found = optimize.minimize_scalar(
+        sum_of_squares, bounds=(0.0, MAX_CONTENTION), method="bounded", options={"xatol": 1e-3}
+    )
     text = f"{len(pairs)} pairs of lanes beside each other, against each alone"
-    maker.set(contention=((low + high) / 2, text))
+    maker.set(contention=(float(found.x), text))
 
 
 class _Pair:
@@ -311,19 +306,11 @@ def _errors(
 def curve(fractions: Mapping[int, float], num_sms: int) -> Curve:
     """Points of a profile's curve: never falling, at most 1, and 1 at the whole GPU.
 
-    Neighbours that fall are pooled into their mean: isotonic regression by pooling
-    adjacent violators (Barlow et al., 1972), which noise does not bias upwards.
+    Least squares under that order: noise does not bias it upwards.
     """
-    pools: list[tuple[float, list[int]]] = []
-    for sms, fraction in sorted(fractions.items()):
-        if sms >= num_sms:
-            continue
-        pools.append((fraction, [sms]))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (b, right), (a, left) = pools.pop(), pools.pop()
-            mean = (a * len(left) + b * len(right)) / (len(left) + len(right))
-            pools.append((mean, left + right))
-    points = [(sms, min(round(float(mean), 4), 1.0)) for mean, each in pools for sms in each]
+    sizes = sorted(sms for sms in fractions if sms < num_sms)
+    rising = optimize.isotonic_regression([fractions[sms] for sms in sizes]).x
+    points = [(sms, min(round(float(f), 4), 1.0)) for sms, f in zip(sizes, rising, strict=True)]
     return (*points, (num_sms, 1.0))
 
 
@@ -333,37 +320,16 @@ def least_squares(
     low: Sequence[float],
     high: Sequence[float],
 ) -> FloatArray:
-    """The x within [low, high] of the least sum of squared ``residuals(x)``.
-
-    Levenberg and Marquardt's method with steps clipped to the bounds; a few parameters,
-    smooth but for the kinks of a roofline, from a start nearby.
-    """
-    lows, highs = np.array(low, dtype=np.float64), np.array(high, dtype=np.float64)
-    x = np.clip(np.array(start, dtype=np.float64), lows, highs)
-    scale, damping = highs - lows, 1e-2
-    found = residuals(x)
-    for _ in range(60):
-        slopes = np.empty((found.size, x.size))
-        for i in range(x.size):
-            h = 1e-4 * scale[i] * (1 if x[i] + 1e-4 * scale[i] <= highs[i] else -1)
-            moved = x.copy()
-            moved[i] += h
-            slopes[:, i] = (residuals(moved) - found) / h * scale[i]
-        normal, gradient = slopes.T @ slopes, slopes.T @ found
-        while damping < 1e8:
-            step = np.linalg.solve(normal + damping * np.eye(x.size), -gradient)
-            tried = np.clip(x + step * scale, lows, highs)
-            then = residuals(tried)
-            if then @ then < found @ found:
-                break
-            damping *= 4
-        else:
-            return x
-        gained = 1 - (then @ then) / (found @ found)
-        x, found, damping = tried, then, max(damping / 8, 1e-8)
-        if gained < 1e-9 or not found.any():
-            return x
-    return x
+    """The x within [low, high] of the least sum of squared ``residuals(x)``."""
+    found = optimize.least_squares(
+        # Steps large enough to see past the kinks of a roofline.
+        residuals,
+        np.clip(start, low, high),
+        bounds=(low, high),
+        x_scale=np.subtract(high, low),
+        diff_step=1e-4,
+    )
+    return np.asarray(found.x)
 
 
 def write_profile(path: Path, fitted: Fit) -> None:

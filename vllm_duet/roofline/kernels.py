@@ -32,13 +32,7 @@ if TYPE_CHECKING:
     def njit(function: Compiled) -> Compiled: ...
 
 else:
-    try:
-        from numba import njit
-    except ImportError:
-        # vLLM brings Numba. Calibration also runs where there is no vLLM, and can wait.
-        def njit(function: Compiled) -> Compiled:
-            return function
-
+    from numba import njit
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
