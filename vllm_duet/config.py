@@ -34,7 +34,8 @@ from pydantic import (
 
 ENV_PREFIX = "VLLM_DUET_"
 FILE_VARIABLE = "VLLM_DUET_CONFIG"
-OTHER_VARIABLES = {FILE_VARIABLE, "VLLM_DUET_CHECK"}
+CHECK_VARIABLE = "VLLM_DUET_CHECK"
+OTHER_VARIABLES = {FILE_VARIABLE, CHECK_VARIABLE}
 """Variables that carry the prefix and are not options."""
 
 _ALLOWED = {

@@ -12,9 +12,10 @@ meets a recorder, so the forward can run on the lane at any later moment.
 from __future__ import annotations
 
 import copy
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.workspace import use_workspace_lane
 
-from vllm_duet.config import DuetConfig
+from vllm_duet.config import CHECK_VARIABLE, DuetConfig
 from vllm_duet.lanes import InFlight, LanePair
 from vllm_duet.lanes.serial import SerialLanePair
 from vllm_duet.plan import (
@@ -53,6 +54,8 @@ logger = init_logger(__name__)
 PREFILL_WORKSPACE_LANE = 1
 """The decode lane keeps vLLM's workspace lane 0."""
 
+SLOT_MAPPINGS = "slot_mappings"
+
 
 class DuetModelRunnerMixin:
     """Executes step directives on top of a Model Runner V2 class."""
@@ -60,12 +63,15 @@ class DuetModelRunnerMixin:
     lanes: LanePair
     preparing_prefill = False
     execute_model_state: Any
+    output_copy_stream: Any
     _in_flight: deque[InFlightPrefill]
     _directive: StepDirective | None
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
         self.lanes = make_lanes(DuetConfig.load(vllm_config.additional_config), device)
+        self.prefill_copy_stream = self.output_copy_stream
+        self.checks_lanes = os.environ.get(CHECK_VARIABLE) == "1"
         self._in_flight = deque()
         self._directive = None
 
@@ -83,7 +89,9 @@ class DuetModelRunnerMixin:
         directive = self._directive = directive_of(scheduler_output)
         if directive is None:
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
-        with self.lanes.exclusive(), self.lanes.decoding(directive.decode_sms):
+        if directive.launch is not None and not _touches_blocks(scheduler_output):
+            self.lanes.fork()
+        with self.lanes.exclusive(), self.decoding(directive.decode_sms):
             output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if scheduler_output.total_num_scheduled_tokens == 0:
             # No sampling will follow: this is the pure join step.
@@ -96,7 +104,7 @@ class DuetModelRunnerMixin:
         directive, self._directive = self._directive, None
         if directive is None:
             return super().sample_tokens(grammar_output)  # type: ignore[misc]
-        with self.lanes.exclusive(), self.lanes.decoding(directive.decode_sms):
+        with self.lanes.exclusive(), self.decoding(directive.decode_sms):
             output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         if directive.launch is not None:
             # After the decode step is queued, so that preparing the prefill
@@ -104,19 +112,35 @@ class DuetModelRunnerMixin:
             self._launch(directive.launch)
         return self._join(output, directive.join)
 
+    def decoding(self, decode_sms: int) -> AbstractContextManager[None]:
+        """Run what the block queues on the decode lane of ``decode_sms`` SMs."""
+        return self.lanes.decoding(decode_sms)
+
     # The prefill: prepared at its launch, run by its lane, taken along at the join.
 
     def _launch(self, launch: PrefillLaunch) -> None:
         assert len(self._in_flight) < MAX_IN_FLIGHT
-        self.prefill_state = self.prefill_states[launch.launch_id % MAX_IN_FLIGHT]
+        lane_state = self.prefill_states[launch.launch_id % MAX_IN_FLIGHT]
+        self.prefill_state = lane_state
         recorder = ForwardRecorder()
-        with self.lanes.exclusive(), self.prefill_state.installed(self, recorder):
+        self.wait_until_queued()
+        with (
+            self.lanes.exclusive(),
+            self.lanes.preparing(),
+            lane_state.installed(self, recorder),
+        ):
             super().execute_model(launch.output)  # type: ignore[misc]
             state, self.execute_model_state = self.execute_model_state, None
+            check = LaneCheck(lane_state) if self.checks_lanes else None
         assert recorder.recorded is not None
         run = partial(self._run_prefill, recorder.recorded, state)
         in_flight = self.lanes.launch(run, launch.prefill_sms)
-        self._in_flight.append(InFlightPrefill(launch.launch_id, in_flight))
+        self._in_flight.append(InFlightPrefill(launch.launch_id, in_flight, check))
+
+    def wait_until_queued(self) -> None:
+        """Have the forward context, one global, given back by the prefills in flight."""
+        for prefill in self._in_flight:
+            prefill.in_flight.wait_until_queued()
 
     @torch.inference_mode()
     def _run_prefill(self, forward: RecordedForward, state: Any) -> Any:
@@ -126,13 +150,16 @@ class DuetModelRunnerMixin:
             override_forward_context(forward.context),
         ):
             hidden_states = self.model(**forward.inputs)  # type: ignore[attr-defined]
-        # A decode step may stand between its forward and its sampling.
-        decode_state = self.execute_model_state
-        self.execute_model_state = state._replace(hidden_states=hidden_states)
-        try:
-            return super().sample_tokens(None)  # type: ignore[misc]
-        finally:
-            self.execute_model_state = decode_state
+        with self.lanes.exclusive():
+            # A decode step may stand between its forward and its sampling, and its output
+            # must not wait behind the prefill's on one stream.
+            theirs = self.execute_model_state, self.output_copy_stream
+            self.execute_model_state = state._replace(hidden_states=hidden_states)
+            self.output_copy_stream = self.prefill_copy_stream
+            try:
+                return super().sample_tokens(None)  # type: ignore[misc]
+            finally:
+                self.execute_model_state, self.output_copy_stream = theirs
 
     def _join(
         self, step: ModelRunnerOutput | AsyncModelRunnerOutput | None, join: Join | None
@@ -144,7 +171,10 @@ class DuetModelRunnerMixin:
             return step
         self._in_flight.popleft()
         assert step is not None
-        return JoinedStep(step, prefill.launch_id, prefill.in_flight.result())
+        result = prefill.in_flight.result()
+        if prefill.check is not None:
+            prefill.check.verify(prefill.launch_id)
+        return JoinedStep(step, prefill.launch_id, result)
 
     def shutdown(self) -> None:
         self.lanes.shutdown()
@@ -171,9 +201,15 @@ def make_lanes(config: DuetConfig, device: torch.device) -> LanePair:
     return SerialLanePair(config.serial_timing, config.serial_hold_steps)
 
 
+def _touches_blocks(scheduler_output: SchedulerOutput) -> bool:
+    """Whether the step zeroes or copies KV blocks, which comes before both lanes (rule 4)."""
+    return bool(scheduler_output.new_block_ids_to_zero or scheduler_output.kv_cache_block_copies)
+
+
 class InFlightPrefill(NamedTuple):
     launch_id: int
     in_flight: InFlight[Any]
+    check: LaneCheck | None
 
 
 class RecordedForward(NamedTuple):
@@ -231,6 +267,16 @@ class PrefillLaneState:
             [_with_own_builders(group, runner) for group in groups] for groups in runner.attn_groups
         ]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a prefill reads, by name; all of it is the lane's own."""
+        named = {
+            name: value
+            for name, value in vars(self.input_buffers).items()
+            if isinstance(value, torch.Tensor)
+        }
+        named |= {f"block table {i}": table for i, table in enumerate(self.block_tables)}
+        return named | {SLOT_MAPPINGS: self.slot_mappings}
+
     @contextmanager
     def installed(self, runner: Any, model: Callable[..., torch.Tensor]) -> Iterator[None]:
         """Let ``runner`` prepare a batch into this state, with ``model`` for its model."""
@@ -266,6 +312,34 @@ class PrefillLaneState:
             out=self.slot_mappings,
         )
         return block_tables, slot_mappings
+
+
+class LaneCheck:
+    """VLLM_DUET_CHECK=1: nobody has written to a lane's buffers while its prefill was in
+    flight, and nobody reads them afterwards and gets away with it (rule 2).
+
+    Made when the prefill has been prepared. Costs a copy of the buffers and waits for the
+    device, so it is for tests and for hunting races.
+    """
+
+    def __init__(self, state: PrefillLaneState) -> None:
+        self._tensors = state.tensors()
+        self._copies = {name: tensor.clone() for name, tensor in self._tensors.items()}
+
+    def verify(self, launch_id: int) -> None:
+        """Compare the buffers with what they were, then poison them.
+
+        Raises:
+            RuntimeError: one has changed; names it.
+        """
+        for name, tensor in self._tensors.items():
+            if not torch.equal(tensor, self._copies[name]):
+                raise RuntimeError(
+                    f"VLLM_DUET_CHECK: {name} of prefill {launch_id} changed while it was in flight"
+                )
+        for name, tensor in self._tensors.items():
+            # Wrong, and yet in bounds: block 0 is vLLM's null block, slot -1 its padding.
+            tensor.fill_(-1 if name == SLOT_MAPPINGS else 0)
 
 
 def _with_own_builders(group: AttentionGroup, runner: Any) -> AttentionGroup:

@@ -17,6 +17,7 @@ from engine.workloads import cache_filling, in_flight, tokens
 from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from vllm_duet.model_runner import LaneCheck
 from vllm_duet.plan import Join, StepDirective
 from vllm_duet.policy import DECODE_LANE
 from vllm_duet.scheduler import DuetScheduler
@@ -127,6 +128,28 @@ def test_buffers_shared_by_two_prefills_are_noticed(roomy, beside_decodes):
         assert noticed(roomy, stock, beside_decodes, 6)
     finally:
         roomy.runner.prefill_states = states
+
+
+def test_a_check_of_the_lanes_costs_no_token(roomy, beside_decodes, monkeypatch):
+    """VLLM_DUET_CHECK=1 poisons buffers that nobody may read any more."""
+    stock = roomy.run(beside_decodes, AsyncScheduler)
+    monkeypatch.setattr(roomy.runner, "checks_lanes", True)
+    before = CountingScheduler.seen["joins"]
+    for timing in ("early", "late", "threaded"):
+        assert all_equal(stock, serve(roomy, beside_decodes, timing, 3, mode="split"))
+    assert CountingScheduler.seen["joins"] > before
+    state = roomy.runner.prefill_states[0]
+    assert state.slot_mappings.eq(-1).all() and not state.input_buffers.positions.any()
+
+
+@pytest.mark.parametrize("name", ["input_ids", "seq_lens", "block table 0", "slot_mappings"])
+def test_the_check_names_the_buffer_that_changed(roomy, name):
+    state = roomy.runner.prefill_states[0]
+    LaneCheck(state).verify(7)  # nothing has changed
+    check = LaneCheck(state)
+    state.tensors()[name].view(-1)[3] += 1
+    with pytest.raises(RuntimeError, match=f"{name} of prefill 7 changed while it was in flight"):
+        check.verify(7)
 
 
 # Rule 5: nobody reads prefix-cache blocks that a prefill in flight has yet to write.

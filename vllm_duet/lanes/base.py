@@ -4,6 +4,11 @@
 The runner prepares a prefill's inputs at its launch and hands the forward and
 the sampling to the lane as one callable. From then on the device may run it at
 any moment until the join, so nothing it reads or writes may change in between.
+
+Where the callable runs on a thread of its own, it queues the forward beside the
+decode steps that the caller queues. It takes ``exclusive`` for what it shares with
+them; the forward context is one global that it needs from beginning to end, so
+whoever else needs it calls ``InFlight.wait_until_queued`` first.
 """
 
 from __future__ import annotations
@@ -26,6 +31,13 @@ class InFlight(ABC, Generic[T]):
         Asked once by every decode step that runs beside the prefill.
         """
 
+    def wait_until_queued(self) -> None:
+        """Wait until the callable has returned, not until the device is done with it.
+
+        Raises nothing of the callable's. A lane that runs it on the caller's thread has
+        nothing to wait for.
+        """
+
     @abstractmethod
     def result(self) -> T:
         """Wait for the prefill and return what its callable returned.
@@ -43,8 +55,21 @@ class LanePair(ABC):
         """Put ``prefill`` in flight on ``prefill_sms`` SMs, behind any that is already.
 
         Prefills run in the order of their launches, and ``result`` is asked in that
-        order. Work the caller has queued before is ordered before ``prefill``.
+        order. Work the caller has queued before ``fork``, and within ``preparing``, is
+        ordered before ``prefill``; without a ``fork`` since the last launch, all that it
+        has queued.
         """
+
+    def fork(self) -> None:
+        """What is launched next need not wait for what the caller queues from here on."""
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """Prepare the inputs of the next launch within the block.
+
+        What it queues is done before decode steps that are queued after the block, and
+        waits for no prefill in flight.
+        """
+        return nullcontext()
 
     @abstractmethod
     def decoding(self, decode_sms: int) -> AbstractContextManager[None]:
