@@ -99,6 +99,11 @@ class DuetConfig(BaseModel):
     correction: bool = Field(
         True, description="Learn from measured steps by how much the forecast is off."
     )
+    cuda_lanes: bool = Field(
+        False,
+        description="Split steps on a GPU, by CUDA green contexts. Off, since it has not run on "
+        "one yet.",
+    )
     serial_timing: Literal["early", "late", "threaded"] = Field(
         "late",
         description="When the serial lane runs a prefill: at its launch, at its join, or on a "

@@ -9,11 +9,40 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_duet.config import DuetConfig
+from vllm_duet.policy import decode_sm_candidates, validate_decode_sms
 from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
+
+FORCED_MODE_PROFILE = "h100-sxm"
+"""The GPU whose SM groups a forced mode names, where none is known."""
 
 
 class NoForecastError(ValueError):
     """This model or GPU cannot be forecast; the message says which and why."""
+
+
+def profile_for(config: DuetConfig, device_name: str) -> GpuProfile | None:
+    """The profile named in ``config``, or else the shipped one of the GPU, if there is one.
+
+    Raises:
+        ValueError: the profile named in ``config`` does not exist or is wrong.
+    """
+    if config.gpu_profile is not None:
+        return GpuProfile.load(config.gpu_profile)
+    return GpuProfile.detect(device_name)
+
+
+def decode_lanes(config: DuetConfig, profile: GpuProfile | None) -> tuple[int, ...]:
+    """The SM counts of the decode lanes that there are, for the policy and for the runner.
+
+    Without a profile, which only a forced mode can do, those of ``FORCED_MODE_PROFILE``.
+
+    Raises:
+        ValueError: ``config.decode_sms`` do not suit the GPU.
+    """
+    profile = profile or GpuProfile.load(FORCED_MODE_PROFILE)
+    if config.decode_sms is None:
+        return decode_sm_candidates(profile)
+    return validate_decode_sms(profile, config.decode_sms)
 
 
 def roofline_for(vllm_config: Any, config: DuetConfig, device_name: str) -> Roofline:
@@ -27,11 +56,7 @@ def roofline_for(vllm_config: Any, config: DuetConfig, device_name: str) -> Roof
             is not known. A wrong shape is never guessed.
         ValueError: the profile named in ``config`` does not exist or is wrong.
     """
-    if config.gpu_profile is not None:
-        profile = GpuProfile.load(config.gpu_profile)
-    elif (detected := GpuProfile.detect(device_name)) is not None:
-        profile = detected
-    else:
+    if (profile := profile_for(config, device_name)) is None:
         raise NoForecastError(
             f"there is no GPU profile for {device_name!r}; name one with the option gpu_profile, "
             f"out of {', '.join(GpuProfile.names())}, or give the path of your own"

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,7 @@ from vllm.forward_context import (
     override_forward_context,
 )
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
@@ -38,7 +40,10 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.workspace import use_workspace_lane
 
 from vllm_duet.config import CHECK_VARIABLE, DuetConfig
+from vllm_duet.forecast import decode_lanes, profile_for
+from vllm_duet.lane_graphs import LaneGraphs, lane_sizes
 from vllm_duet.lanes import InFlight, LanePair
+from vllm_duet.lanes.cuda import CudaLanePair
 from vllm_duet.lanes.serial import SerialLanePair
 from vllm_duet.plan import (
     MAX_IN_FLIGHT,
@@ -48,6 +53,7 @@ from vllm_duet.plan import (
     StepDirective,
     directive_of,
 )
+from vllm_duet.support import split_blockers
 
 logger = init_logger(__name__)
 
@@ -69,7 +75,7 @@ class DuetModelRunnerMixin:
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
-        self.lanes = make_lanes(DuetConfig.load(vllm_config.additional_config), device)
+        self.lanes = make_lanes(vllm_config, device)
         self.prefill_copy_stream = self.output_copy_stream
         self.checks_lanes = os.environ.get(CHECK_VARIABLE) == "1"
         self._in_flight = deque()
@@ -91,6 +97,8 @@ class DuetModelRunnerMixin:
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if directive.launch is not None and not _touches_blocks(scheduler_output):
             self.lanes.fork()
+        if self.needs_forward_context(scheduler_output, directive.decode_sms):
+            self.wait_until_queued()
         with self.lanes.exclusive(), self.decoding(directive.decode_sms):
             output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if scheduler_output.total_num_scheduled_tokens == 0:
@@ -111,6 +119,13 @@ class DuetModelRunnerMixin:
             # does not hold it up.
             self._launch(directive.launch)
         return self._join(output, directive.join)
+
+    def needs_forward_context(self, scheduler_output: SchedulerOutput, decode_sms: int) -> bool:
+        """Whether a step beside a prefill needs what the prefill may hold (rule 3).
+
+        No: lanes that share one thread or take turns by whole steps give it back.
+        """
+        return False
 
     def decoding(self, decode_sms: int) -> AbstractContextManager[None]:
         """Run what the block queues on the decode lane of ``decode_sms`` SMs."""
@@ -191,14 +206,100 @@ class DuetModelRunnerMixin:
 class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[misc]
     """Two lanes on vLLM's GPU model runner."""
 
+    cudagraph_manager: Any
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.prefill_copy_stream = torch.cuda.Stream(device)
+        self.lane_graphs: dict[int, LaneGraphs] = {}
+        """By the SM count of the decode lane; empty until captured."""
+
+    @property
+    def decode_streams(self) -> Mapping[int, torch.cuda.Stream]:
+        """The decode lanes' streams, by their SM counts."""
+        return self.lanes.decode_streams if isinstance(self.lanes, CudaLanePair) else {}
+
+    def needs_forward_context(self, scheduler_output: SchedulerOutput, decode_sms: int) -> bool:
+        graphs = self.lane_graphs.get(decode_sms)
+        num_decodes = len(scheduler_output.num_scheduled_tokens)
+        return num_decodes > 0 and not (graphs and graphs.covers(num_decodes))
+
+    @contextmanager
+    def decoding(self, decode_sms: int) -> Iterator[None]:
+        stock = self.cudagraph_manager
+        self.cudagraph_manager = self.lane_graphs.get(decode_sms, stock)
+        try:
+            with super().decoding(decode_sms):
+                yield
+        finally:
+            self.cudagraph_manager = stock
+
+    # The memory of the second lane is there, or foreseen, before vLLM sizes the KV cache.
+
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        super().profile_run(*args, **kwargs)
+        if self.decode_streams:
+            # vLLM locks the workspaces once graphs are captured.
+            with use_workspace_lane(PREFILL_WORKSPACE_LANE):
+                super().profile_run(*args, **kwargs)
+
+    def profile_cudagraph_memory(self) -> int:
+        estimate: int = super().profile_cudagraph_memory()
+        sizes = self.compilation_config.cudagraph_capture_sizes
+        if estimate and self.decode_streams and sizes:
+            # In proportion to their number: those of mixed batches count too, and are
+            # larger, so this is rather too much.
+            estimate += estimate * len(self.decode_streams) * len(lane_sizes(sizes)) // len(sizes)
+        return estimate
+
+    def capture_model(self, *, profile_only: bool = False) -> int:
+        size: int = super().capture_model(profile_only=profile_only)
+        if profile_only or not self.decode_streams:
+            return size
+        started, free = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0]
+        for decode_sms, stream in self.decode_streams.items():
+            graphs = LaneGraphs(self.vllm_config, self.device, self.decode_query_len, stream)
+            graphs.capture(
+                self.model,
+                self.model_state,
+                self.input_buffers,
+                self.intermediate_tensors,
+                self.block_tables,
+                self.attn_groups,
+                self.kv_cache_config,
+                progress_bar_desc=f"Capturing CUDA graphs of {decode_sms} SMs",
+            )
+            self.lane_graphs[decode_sms] = graphs
+        taken = free - torch.cuda.mem_get_info(self.device)[0]
+        logger.info(
+            "vllm-duet: CUDA graphs of %d decode lanes took %.0f s and %.2f GiB.",
+            len(self.lane_graphs),
+            time.perf_counter() - started,
+            taken / 2**30,
+        )
+        return size + taken
+
+    def shutdown(self) -> None:
+        # Captured on streams that go with the lanes.
+        self.lane_graphs.clear()
+        super().shutdown()
+
 
 class DuetCPUModelRunner(DuetModelRunnerMixin, CPUModelRunner):  # type: ignore[misc]
     """The same on the CPU, for machines without a GPU."""
 
 
-def make_lanes(config: DuetConfig, device: torch.device) -> LanePair:
-    """The lanes ``config`` asks for on ``device``."""
-    return SerialLanePair(config.serial_timing, config.serial_hold_steps)
+def make_lanes(vllm_config: Any, device: torch.device) -> LanePair:
+    """The lanes of an engine; serial ones where its steps are never split, too.
+
+    Raises:
+        GreenContextError: the GPU, its driver or an SM count does not allow of them.
+    """
+    config = DuetConfig.load(vllm_config.additional_config)
+    if device.type == "cpu" or split_blockers(vllm_config):
+        return SerialLanePair(config.serial_timing, config.serial_hold_steps)
+    profile = profile_for(config, current_platform.get_device_name())
+    return CudaLanePair.create(decode_lanes(config, profile), device)
 
 
 def _touches_blocks(scheduler_output: SchedulerOutput) -> bool:

@@ -78,6 +78,33 @@ def configure(vllm_config: Any) -> None:
     add_stat_logger()
 
 
+def make_room_for_two_lanes() -> None:
+    """In a worker's process: a workspace for the prefill lane, and deeper buffer pools.
+
+    vLLM's pools of pinned buffers last for the steps in flight, one preparation each; a
+    step that launches a prefill prepares two batches.
+    """
+    from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.gpu import model_runner
+
+    if hasattr(gpu_worker._num_workspace_lanes, "has_prefill_lane"):
+        return
+    stock_lanes = gpu_worker._num_workspace_lanes
+    stock_depth = model_runner.set_default_max_concurrency
+
+    @functools.wraps(stock_lanes)
+    def num_lanes(*args: Any, **kwargs: Any) -> int:
+        return max(stock_lanes(*args, **kwargs), 2)
+
+    @functools.wraps(stock_depth)
+    def set_depth(steps: int) -> None:
+        stock_depth(2 * max(2, steps))
+
+    num_lanes.has_prefill_lane = True  # type: ignore[attr-defined]
+    gpu_worker._num_workspace_lanes = num_lanes
+    model_runner.set_default_max_concurrency = set_depth
+
+
 def add_stat_logger() -> None:
     """Put DuetStatLogger before the other loggers of every engine that uses DuetScheduler.
 

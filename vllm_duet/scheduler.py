@@ -33,7 +33,13 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_duet.config import DuetConfig
-from vllm_duet.forecast import NoForecastError, roofline_for
+from vllm_duet.forecast import (
+    FORCED_MODE_PROFILE,
+    NoForecastError,
+    decode_lanes,
+    profile_for,
+    roofline_for,
+)
 from vllm_duet.metrics import DuetCounters
 from vllm_duet.plan import (
     MAX_IN_FLIGHT,
@@ -57,21 +63,18 @@ from vllm_duet.policy import (
     Policy,
     PolicyLimits,
     RandomPolicy,
-    decode_sm_candidates,
-    validate_decode_sms,
 )
 from vllm_duet.roofline import GpuProfile, StepTimeCorrection
 from vllm_duet.step_times import StepTimes
-from vllm_duet.support import deciding_blockers, split_blockers
+from vllm_duet.support import deciding_blockers, most_decodes_beside, split_blockers
 
 logger = init_logger(__name__)
 
 MAX_WAITING_LOOKED_AT = 16
 """How many waiting requests the policy is told of; a step rarely admits more."""
 
-FORCED_MODE_PROFILE = "h100-sxm"
 FORCED_CAP = 256
-"""The GPU whose SM groups a forced mode names, and the prefill tokens of mode=capped."""
+"""The prefill tokens of mode=capped."""
 
 
 @dataclass(slots=True)
@@ -103,6 +106,7 @@ class DuetScheduler(AsyncScheduler):
         super().__init__(vllm_config, *args, **kwargs)
         self.duet_config = DuetConfig.load(vllm_config.additional_config)
         self._blockers = split_blockers(vllm_config, self.kv_cache_config)
+        self._most_decodes = most_decodes_beside(vllm_config)
         learns = self.duet_config.correction and self.duet_config.mode == "auto"
         self._step_times = StepTimes(StepTimeCorrection() if learns else None)
         self._policy = make_policy(self.duet_config, vllm_config, self._step_times.correction)
@@ -193,7 +197,8 @@ class DuetScheduler(AsyncScheduler):
             [request.num_computed_tokens for request in decodes],
             query_lens,
             context_lens,
-            can_split=not self._blockers and not self.kv_holding_waiting,
+            can_split=not (self._blockers or self.kv_holding_waiting)
+            and len(decodes) <= self._most_decodes,
             load=self._step_times.load,
             lane_in_use=decode_sms,
         )
@@ -290,6 +295,9 @@ class DuetScheduler(AsyncScheduler):
             return None
         rooms = self.max_num_active_reqs - len(self.running) - len(self._held)
         if rooms <= 0 or not all(map(_can_be_in_flight, self.waiting)):
+            return None
+        # Those in flight decode beside it once they have joined.
+        if len(self.running) + len(self._held) > self._most_decodes:
             return None
         # Nobody may be preempted now for a block, least of all who is in flight.
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
@@ -421,10 +429,9 @@ def make_policy(
         return None
     if config.mode != "auto":
         # A forced mode needs SM counts but no forecast.
-        profile = GpuProfile.load(config.gpu_profile or FORCED_MODE_PROFILE)
-        decode_sms = validate_decode_sms(
-            profile, config.decode_sms or decode_sm_candidates(profile)
-        )
+        profile = profile_for(config, current_platform.get_device_name())
+        profile = profile or GpuProfile.load(FORCED_MODE_PROFILE)
+        decode_sms = decode_lanes(config, profile)
         if config.mode == "random":
             return RandomPolicy(config.seed, decode_sms, profile.num_sms)
         return FixedModePolicy(

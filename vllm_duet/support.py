@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vllm_duet.config import DuetConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Limit:
@@ -178,12 +180,38 @@ LIMITS = (
         lambda vllm, kv: kv is not None and kv.has_mamba_layers,
     ),
     Limit(
-        "the CUDA lanes are not in this version",
+        "no full CUDA graphs of decode steps",
+        "options",
+        "SPLIT on a GPU decodes by full CUDA graphs: no --enforce-eager, and a cudagraph_mode"
+        " that has them.",
+        lambda vllm, kv: most_decodes_beside(vllm) == 0,
+    ),
+    Limit(
+        "the CUDA lanes are not switched on",
         "release",
-        "SPLIT runs on the CPU only so far, with the serial lane.",
-        lambda vllm, kv: vllm.device_config.device_type != "cpu",
+        "SPLIT on a GPU has not run on one yet: the option cuda_lanes switches it on, to try it.",
+        lambda vllm, kv: (
+            vllm.device_config.device_type != "cpu"
+            and not DuetConfig.load(vllm.additional_config).cuda_lanes
+        ),
     ),
 )
+
+
+def most_decodes_beside(vllm_config: Any) -> int:
+    """How many requests can decode in a step beside a prefill.
+
+    On a GPU, as many as a full CUDA graph is captured for: without one the step needs the
+    forward context, one global, while the prefill may hold it. On a CPU lanes take turns.
+    """
+    if vllm_config.device_config.device_type == "cpu":
+        return vllm_config.scheduler_config.max_num_seqs  # type: ignore[no-any-return]
+    graphs = vllm_config.compilation_config
+    if vllm_config.model_config.enforce_eager or not graphs.cudagraph_mode:
+        return 0
+    if not graphs.cudagraph_mode.decode_mode().has_full_cudagraphs():
+        return 0
+    return graphs.max_cudagraph_capture_size or 0
 
 
 def split_blockers(vllm_config: Any, kv_cache_config: Any = None) -> list[str]:

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CUDA lanes ask of vLLM's objects, as far as there are some without a GPU."""
+
+import copy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+from vllm_duet.lane_graphs import MAX_SIZES, LaneGraphs, lane_sizes
+from vllm_duet.model_runner import DuetModelRunner
+from vllm_duet.support import most_decodes_beside
+
+VLLM_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+
+
+@given(st.sets(st.integers(1, 1024), min_size=1))
+def test_lanes_have_some_of_vllms_sizes(sizes: set[int]) -> None:
+    chosen = lane_sizes(sorted(sizes, reverse=True))
+    assert chosen == sorted(set(chosen)) and set(chosen) <= sizes
+    assert len(chosen) <= MAX_SIZES and chosen[-1] == max(sizes)
+    if len(sizes) == 1:
+        assert chosen == list(sizes)
+
+
+def test_padding_is_a_like_share_of_every_batch() -> None:
+    chosen = lane_sizes(VLLM_SIZES)
+    for decodes in range(16, 513):
+        padded = min(size for size in chosen if size >= decodes)
+        assert padded < 1.4 * decodes
+
+
+@pytest.fixture
+def graphs(roomy, monkeypatch) -> LaneGraphs:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(
+        type(current_platform), "get_global_graph_pool", lambda *_: "pool", raising=False
+    )
+    config = copy.copy(roomy.runner.vllm_config)
+    config.compilation_config = copy.copy(config.compilation_config)
+    config.compilation_config.cudagraph_capture_sizes = VLLM_SIZES
+    config.compilation_config.max_cudagraph_capture_size = VLLM_SIZES[-1]
+    config.scheduler_config = copy.copy(config.scheduler_config)
+    config.scheduler_config.max_num_seqs = 300
+    lane = LaneGraphs(config, roomy.runner.device, 1, "the lane's stream")
+    assert config.compilation_config.cudagraph_capture_sizes == VLLM_SIZES
+    return lane
+
+
+def test_graphs_are_captured_on_the_lane(graphs: LaneGraphs) -> None:
+    [descriptions] = graphs._capture_descs.values()
+    assert {d.cg_mode for d in descriptions} == {CUDAGraphMode.FULL}
+    assert [d.num_reqs for d in descriptions] == [d.num_tokens for d in descriptions]
+    assert max(d.num_tokens for d in descriptions) <= 300
+    assert graphs._capture_stream(descriptions[0]) == "the lane's stream"
+
+
+def test_decodes_with_a_graph_are_covered(graphs: LaneGraphs) -> None:
+    assert not graphs.covers(4)  # not captured yet
+    graphs._graphs_captured = True
+    most = max(n for n in lane_sizes(VLLM_SIZES) if n <= 300)
+    for decodes in (1, 5, most, most + 1, 600):
+        found: BatchExecutionDescriptor = graphs.dispatch(decodes, decodes, 1, 0)
+        assert graphs.covers(decodes) == (found.cg_mode is CUDAGraphMode.FULL)
+    assert graphs.covers(most) and not graphs.covers(most + 1)
+
+
+def test_a_step_beside_a_prefill_uses_its_lanes_graphs(graphs: LaneGraphs, roomy) -> None:
+    runner = DuetModelRunner.__new__(DuetModelRunner)
+    runner.lanes, runner.cudagraph_manager = roomy.runner.lanes, "stock"
+    runner.lane_graphs = {16: graphs}
+    step = SimpleNamespace(num_scheduled_tokens={"a": 1, "b": 1})
+    assert runner.needs_forward_context(step, 16)
+    graphs._graphs_captured = True
+    assert not runner.needs_forward_context(step, 16)
+    assert runner.needs_forward_context(step, 24)
+    assert not runner.needs_forward_context(SimpleNamespace(num_scheduled_tokens={}), 24)
+    with pytest.raises(ZeroDivisionError), runner.decoding(16):
+        assert runner.cudagraph_manager is graphs
+        raise ZeroDivisionError
+    with runner.decoding(24):
+        assert runner.cudagraph_manager == "stock"
+    assert runner.cudagraph_manager == "stock"
+
+
+def gpu_config(**changes):
+    compilation = dict(
+        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, max_cudagraph_capture_size=512
+    )
+    compilation |= {k: v for k, v in changes.items() if k in compilation}
+    return SimpleNamespace(
+        device_config=SimpleNamespace(device_type=changes.get("device", "cuda")),
+        scheduler_config=SimpleNamespace(max_num_seqs=77),
+        model_config=SimpleNamespace(enforce_eager=changes.get("enforce_eager", False)),
+        compilation_config=SimpleNamespace(**compilation),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({}, 512),
+        ({"cudagraph_mode": CUDAGraphMode.FULL}, 512),
+        ({"cudagraph_mode": CUDAGraphMode.PIECEWISE}, 0),
+        ({"cudagraph_mode": CUDAGraphMode.NONE}, 0),
+        ({"enforce_eager": True}, 0),
+        ({"max_cudagraph_capture_size": None}, 0),
+        ({"device": "cpu", "enforce_eager": True}, 77),
+    ],
+)
+def test_only_decodes_with_a_graph_run_beside_a_prefill(changes, most) -> None:
+    assert most_decodes_beside(gpu_config(**changes)) == most
+
+
+def test_a_workspace_and_buffers_for_two_lanes() -> None:
+    """In a process of its own, as it changes vLLM's for good."""
+    code = """
+from types import SimpleNamespace
+from vllm.v1.worker import gpu_worker
+from vllm.v1.worker.gpu import buffer_utils, model_runner
+from vllm_duet.plugin import make_room_for_two_lanes
+config = SimpleNamespace(speculative_config=None)
+before = gpu_worker._num_workspace_lanes(config, True)
+make_room_for_two_lanes()
+make_room_for_two_lanes()
+model_runner.set_default_max_concurrency(3)
+print(before, gpu_worker._num_workspace_lanes(config, True), buffer_utils._DEFAULT_MAX_CONCURRENCY)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.stdout.split() == ["1", "2", "6"], shown.stderr
