@@ -323,6 +323,19 @@ def test_the_guard_tightens_the_bound_and_nothing_else(case: Case, bound_ms: flo
     assert guarded == case.decide(PolicyLimits(bound_ms / 2))
 
 
+@given(CASES, BOUNDS)
+def test_where_joins_are_frequent_the_bound_holds_for_two_steps(
+    case: Case, bound_ms: float
+) -> None:
+    often = replace(case, load=case.load._replace(joined=0.1))
+    plan = often.decide(PolicyLimits(bound_ms))
+    in_reach = min(case.mixed_ms(MIN_CHUNK_TOKENS), case.mixed_ms()) <= bound_ms
+    if plan.mode is Mode.SPLIT and in_reach:
+        assert 2 * plan.tbt_ms <= bound_ms
+    rare = replace(case, load=case.load._replace(joined=0.001))
+    assert rare.decide(PolicyLimits(bound_ms)) == case.decide(PolicyLimits(bound_ms))
+
+
 # One token left of a prompt
 
 

@@ -20,7 +20,7 @@ class Clock:
 
 def run(times: StepTimes, clock: Clock, kind: str, seconds: float, forecast_ms: float = 0) -> None:
     """Schedule a step, and let it take ``seconds``."""
-    output = SimpleNamespace()
+    output = SimpleNamespace(num_scheduled_tokens={})
     times.scheduled(output, kind, forecast_ms)
     clock.seconds += seconds
     times.ended(output)
@@ -71,10 +71,26 @@ def test_time_in_which_nothing_ran_is_time_to_spare() -> None:
     assert times.load.lasting == pytest.approx(1.0)
 
 
+def test_load_has_the_share_of_tokens_after_a_join() -> None:
+    times = StepTimes(None, Clock())
+    decodes = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(range(100), 1))
+    assert times.load.joined == 0
+    for _ in range(500):  # two of a hundred requests have just joined, at every other step
+        for _ in range(2):
+            times.scheduled(decodes, DECODE_LANE)
+            times.ended(decodes)
+        times.prefill_ended(0.0, 0.0, num_decoding=2)
+    assert times.load.joined == pytest.approx(0.01, rel=0.02)
+    for _ in range(1000):
+        times.scheduled(decodes, DECODE_ONLY)
+        times.ended(decodes)
+    assert 0 < times.load.joined < 1e-6
+
+
 def test_a_step_scheduled_while_another_ran_is_timed_from_that_ones_end() -> None:
     clock, correction = Clock(), StepTimeCorrection(min_samples=1)
     times = StepTimes(correction, clock)
-    first, second = SimpleNamespace(), SimpleNamespace()
+    first, second = (SimpleNamespace(num_scheduled_tokens={}) for _ in range(2))
     times.scheduled(first, AGGREGATED_STEP, 100)
     times.scheduled(second, AGGREGATED_STEP, 100)
     for output in (first, second):

@@ -41,20 +41,27 @@ BUSY_SHARES: Final = (0.3, 0.5)
 """Where they have it for more than the second share of the lasting time, the GPU keeps up:
 what is gained by a split is time to idle, and what is lost is time to first token."""
 
+LATE_SHARE: Final = 0.004
+"""The part of all tokens that may break the bound after a join: it is one on the 99th
+percentile, and steps that take longer than forecast need their part too."""
+
 NUM_CHUNK_SIZES: Final = 64
 """A cap is chosen to within this part of the prefill."""
 
 
 class Load(NamedTuple):
-    """The share of the time in which decodes had the GPU to themselves.
+    """What the GPU was busy with.
 
-    ``recent`` covers some dozen steps, and is near 0 while prompts are what the GPU is
+    ``recent`` and ``lasting`` are the share of the time in which decodes had the GPU to
+    themselves. ``recent`` covers some dozen steps, and is near 0 while prompts are what the GPU is
     short of time for. ``lasting`` covers some seconds, those also in which the GPU had
-    nothing to do, and is high where it keeps up with its prompts easily.
+    nothing to do, and is high where it keeps up with its prompts easily. ``joined`` is
+    the share of the last thousands of tokens that were a request's second after it joined.
     """
 
     recent: float
     lasting: float
+    joined: float = 0.0
 
 
 IDLE: Final = Load(1.0, 1.0)
@@ -390,7 +397,16 @@ class ForecastPolicy:
             num_decodes, prefill_tokens, mixed_ms, prefill_ms, decode_ms, load
         )
         prices = (decode_price, whole_ms - decode_price)
-        splits = self._splits(lanes, step_ms, until_done_ms, *prices, follows=bool(lane_in_use))
+        splits = self._splits(
+            lanes,
+            step_ms,
+            until_done_ms,
+            *prices,
+            follows=bool(lane_in_use),
+            # A join is seen when a step ends, and asynchronous scheduling has queued one
+            # more by then: a request waits for its second token for two steps.
+            steps_between=2 if load.joined > LATE_SHARE else 1,
+        )
 
         reason = _KEEPS_BOUND
         cap, best_mixed, tbt_ms = prefill_tokens, 1.0, mixed_ms
@@ -479,8 +495,12 @@ class ForecastPolicy:
         prefill_ms: float,
         *,
         follows: bool,
+        steps_between: int,
     ) -> list[_Split]:
-        """Splits by decode lane, at the prices of :func:`speedup`."""
+        """Splits by decode lane, at the prices of :func:`speedup`.
+
+        The bound has to hold for ``steps_between`` decode steps.
+        """
         factor, guard = self._correct(DECODE_LANE)
         prefill_factor, _ = self._correct(PREFILL_LANE)
         splits = []
@@ -494,9 +514,8 @@ class ForecastPolicy:
                 steps = ceil(steps) + 1
             wall_ms = steps * lane_ms
             rated = speedup(steps, decode_ms, prefill_ms, wall_ms)
-            splits.append(
-                _Split(decode_sms, tbt_ms, done_ms, lane_ms * guard, steps, wall_ms, rated)
-            )
+            guarded_ms = lane_ms * guard * steps_between
+            splits.append(_Split(decode_sms, tbt_ms, done_ms, guarded_ms, steps, wall_ms, rated))
         return splits
 
     def _correct(self, kind: str) -> tuple[float, float]:

@@ -343,8 +343,9 @@ class DuetScheduler(AsyncScheduler):
     def _join(self, joined: JoinedPrefill) -> dict[int, EngineCoreOutputs]:
         prefill = self._in_flight.pop(0)
         assert prefill.launch_id == joined.launch_id
-        self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.started_at)
         held, self._held = self._held, []
+        decoding = sum(request in prefill and not request.is_prefill_chunk for request in held)
+        self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.started_at, decoding)
         for request in held:
             behind = any(request in other for other in self._in_flight)
             stays = behind or (self._in_flight and request.is_prefill_chunk)

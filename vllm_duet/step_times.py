@@ -23,6 +23,10 @@ LASTING_SECONDS = 2.0
 0.3 s, prompts wait longer when a burst begins."""
 
 
+JOINED_TOKENS = 10_000
+"""Over which Load.joined is averaged."""
+
+
 class Step(NamedTuple):
     """Travels as the attribute ``duet_step`` of a SchedulerOutput.
 
@@ -44,13 +48,13 @@ class StepTimes:
         returns seconds; the simulator has its own."""
         self.correction = correction
         self.clock = clock
-        self._recent, self._lasting = IDLE.recent, IDLE.lasting
+        self._recent, self._lasting, self._joined = IDLE
         self._last_end = 0.0
 
     @property
     def load(self) -> Load:
         """As exponential averages."""
-        return Load(self._recent, self._lasting)
+        return Load(self._recent, self._lasting, self._joined)
 
     def scheduled(self, scheduler_output: Any, kind: str, ms: float = 0.0) -> None:
         """Remember with the step that it is of ``kind`` and should take ``ms``."""
@@ -61,6 +65,7 @@ class StepTimes:
         step: Step | None = getattr(scheduler_output, "duet_step", None)
         if step is None:
             return
+        self._joined *= exp(-len(scheduler_output.num_scheduled_tokens) / JOINED_TOKENS)
         now = self.clock()
         idle = step.scheduled_at - self._last_end if self._last_end else 0.0
         seconds = now - max(step.scheduled_at, self._last_end)
@@ -75,8 +80,10 @@ class StepTimes:
         if self.correction is not None and step.ms > 0:
             self.correction.observe(step.ms, 1e3 * seconds, step.kind)
 
-    def prefill_ended(self, forecast_ms: float, started_at: float) -> None:
-        """A prefill in flight has joined; it was done at most one step ago."""
+    def prefill_ended(self, forecast_ms: float, started_at: float, num_decoding: int) -> None:
+        """A prefill in flight has joined, of which ``num_decoding`` requests go on to
+        decode; it was done at most one step ago."""
+        self._joined += num_decoding / JOINED_TOKENS
         if self.correction is not None and forecast_ms > 0:
             measured_ms = 1e3 * (self.clock() - started_at)
             self.correction.observe(forecast_ms, measured_ms, PREFILL_LANE)
