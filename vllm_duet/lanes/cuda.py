@@ -1,1 +1,186 @@
-class CudaLanePair: ...
+# SPDX-License-Identifier: Apache-2.0
+"""Both lanes at once on one GPU: streams of green contexts, and a thread for the prefill.
+
+Who waits for whom, on the device:
+
+* a decode lane for the caller's stream when a block of ``decoding`` begins, and the
+  caller's stream for the lane when it ends; also for the last ``preparing``;
+* ``preparing``, on a stream that may use every SM, for the ``fork``: the prefill
+  prepared within a decode step starts beside that step and not after it;
+* a prefill for its ``preparing`` and for the prefill before it;
+* the caller's stream for the prefill when its result is taken.
+
+Who keeps what alive: torch's allocator gives a freed tensor's memory to the next that
+is made on the same stream, whatever other streams still read it. What a prefill reads
+was made in ``preparing``, so it is referenced until the result has been taken; what is
+prepared after that comes after the prefill on the device, by way of the caller's stream.
+What the prefill makes, it makes on its own stream, where the next one follows it. Its
+result is the caller's to keep until it has been read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import cuda
+
+from vllm_duet.lanes.base import InFlight, LanePair
+from vllm_duet.lanes.green_context import SmSplit
+
+T = TypeVar("T")
+
+DECODE_PRIORITY = -1
+"""More urgent than a prefill's 0, where the two wait for something that SMs do not divide."""
+
+
+class LaneError(RuntimeError):
+    """A lane that is not there, or no longer, in one sentence."""
+
+
+class CudaLanePair(LanePair):
+    """Lanes for each of ``splits``, by the SM count of the decode lane, on ``device``.
+
+    Owns the splits. ``decode_streams`` are for capturing CUDA graphs.
+    """
+
+    def __init__(self, splits: Mapping[int, SmSplit], device: torch.device) -> None:
+        self._splits = list(splits.values())
+        self._device = device
+        self.decode_streams = {
+            sms: split.decode.stream(DECODE_PRIORITY) for sms, split in splits.items()
+        }
+        self._prefill_streams = {s.prefill.num_sms: s.prefill.stream() for s in self._splits}
+        self._prepare_stream = cuda.Stream(device)
+        self._lock = threading.RLock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="duet-prefill")
+        self._forked: Any = None
+        self._prepared: Any = None
+        self._is_prepared = False
+        self._last_prefill: Any = None
+
+    @classmethod
+    def create(cls, decode_sms: Sequence[int], device: torch.device) -> CudaLanePair:
+        """Split the SMs of ``device`` in every way of ``decode_sms``.
+
+        Raises:
+            GreenContextError: one of them cannot be had. Nothing is left behind then.
+        """
+        index = device.index if device.index is not None else cuda.current_device()
+        with ExitStack() as undo:
+            splits = {}
+            for sms in decode_sms:
+                splits[sms] = undo.enter_context(SmSplit.create(sms, index))
+            pair = cls(splits, device)
+            undo.pop_all()
+        return pair
+
+    @contextmanager
+    def decoding(self, decode_sms: int) -> Iterator[None]:
+        if decode_sms not in self.decode_streams:
+            raise LaneError(f"There is no decode lane of {decode_sms} SMs.")
+        lane, caller = self.decode_streams[decode_sms], cuda.current_stream(self._device)
+        lane.wait_stream(caller)
+        if self._prepared is not None:
+            lane.wait_event(self._prepared)
+        try:
+            with cuda.stream(lane):
+                yield
+        finally:
+            caller.wait_stream(lane)
+
+    def fork(self) -> None:
+        self._forked = cuda.current_stream(self._device).record_event()
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        forked, self._forked = self._forked, None
+        if forked is None:
+            forked = cuda.current_stream(self._device).record_event()
+        self._prepare_stream.wait_event(forked)
+        try:
+            with cuda.stream(self._prepare_stream):
+                yield
+        finally:
+            self._prepared = self._prepare_stream.record_event()
+        self._is_prepared = True
+
+    def launch(self, prefill: Callable[[], T], prefill_sms: int) -> InFlight[T]:
+        if prefill_sms not in self._prefill_streams:
+            raise LaneError(f"There is no prefill lane of {prefill_sms} SMs.")
+        ready = self._prepared
+        if not self._is_prepared:
+            ready, self._forked = self._forked, None
+            ready = ready or cuda.current_stream(self._device).record_event()
+        self._is_prepared = False
+        started = self._thread.submit(self._run, prefill, prefill_sms, ready)
+        return _Launched(prefill, started, self._device)
+
+    def _run(self, prefill: Callable[[], T], prefill_sms: int, ready: Any) -> _Queued[T]:
+        """On the thread: queue the prefill."""
+        cuda.set_device(self._device)
+        lane = self._prefill_streams[prefill_sms]
+        lane.wait_event(ready)
+        if self._last_prefill is not None:
+            lane.wait_event(self._last_prefill)
+        started: Future[T] = Future()
+        try:
+            with cuda.stream(lane):
+                started.set_result(prefill())
+        except Exception as error:
+            error.add_note(f"In the prefill lane of {prefill_sms} SMs.")
+            started.set_exception(error)
+        # What was queued before a failure runs all the same.
+        self._last_prefill = lane.record_event()
+        return _Queued(started, self._last_prefill)
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        # Never held while a callable runs: it takes it itself, for what it shares.
+        return self._lock
+
+    def shutdown(self) -> None:
+        self._thread.shutdown(wait=True)
+        splits, self._splits = self._splits, []
+        self.decode_streams, self._prefill_streams = {}, {}
+        if splits:
+            cuda.synchronize(self._device)
+        with ExitStack() as release:
+            for split in splits:
+                release.callback(split.release)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued(Generic[T]):
+    """What the callable returned or raised, and the event of its end on the device."""
+
+    outcome: Future[T]
+    end: Any
+
+
+class _Launched(InFlight[T]):
+    def __init__(
+        self, prefill: Callable[[], T], started: Future[_Queued[T]], device: torch.device
+    ) -> None:
+        self._prefill: Callable[[], T] | None = prefill
+        self._started = started
+        self._device = device
+
+    def done(self) -> bool:
+        # An exception here is that of a device that is gone: for result() to raise.
+        return self._started.done() and (
+            self._started.exception() is not None or bool(self._started.result().end.query())
+        )
+
+    def wait_until_queued(self) -> None:
+        wait([self._started])
+
+    def result(self) -> T:
+        queued = self._started.result()
+        cuda.current_stream(self._device).wait_event(queued.end)
+        self._prefill = None
+        return queued.outcome.result()
