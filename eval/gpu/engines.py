@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scripts that compare whole engines share: where they run, and on what."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]
+
+from cpu_server import CPU_OPTIONS, ENVIRONMENT  # noqa: E402
+
+from vllm_duet.doctor import Machine  # noqa: E402
+
+RESULTS = ROOT / "eval" / "results" / "gpu"
+ON_GPU = bool(Machine.inspect().gpus)
+
+
+@contextmanager
+def environment(**extra: str) -> Iterator[dict[str, str]]:
+    """Variables for processes that run vLLM here.
+
+    Without a GPU, those that bring Model Runner V2 to the CPU. In a checkout that is not
+    installed, vLLM would not find vllm-duet's entry point: a folder on PYTHONPATH has it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(ROOT)]
+        if not any(e.name == "duet" for e in entry_points(group="vllm.general_plugins")):
+            info = Path(folder, "vllm_duet_checkout-0.dist-info")
+            info.mkdir()
+            (info / "METADATA").write_text(
+                "Metadata-Version: 2.1\nName: vllm-duet-checkout\nVersion: 0\n"
+            )
+            (info / "entry_points.txt").write_text(
+                "[vllm.general_plugins]\nduet = vllm_duet.plugin:register\n"
+            )
+            paths.append(folder)
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
+        cpu = {} if ON_GPU else ENVIRONMENT
+        yield {"PYTHONPATH": os.pathsep.join(paths), **cpu, **extra}
+
+
+def engine_options() -> tuple[str, ...]:
+    """What a vLLM server has to be told on this machine."""
+    return () if ON_GPU else CPU_OPTIONS
+
+
+def provenance() -> dict[str, Any]:
+    """Where and how a file of measurements came to be."""
+    machine = Machine.inspect()
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "label": "measured",
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "gpus": [asdict(gpu) for gpu in machine.gpus],
+        "cpu_cores": os.cpu_count(),
+        "versions": machine.versions,
+        "git_commit": commit.stdout.strip() or None,
+    }

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether tokens under random plans are stock vLLM's, on this machine and model.
+
+    python eval/gpu/exactness.py --seeds 20
+    python eval/gpu/exactness.py --race-hunt 300
+
+Greedy and seeded requests of mixed lengths, some with a common prefix, go to stock vLLM
+and then to DuetScheduler with a random plan at every step (``mode=random``), each engine in
+a process of its own. A step under a plan has another batch than stock's, so tokens can be
+equal only where a token does not depend on who shares its batch. Batch-invariant kernels
+give that (the default on a GPU, VLLM_BATCH_INVARIANT=1), and mostly float32 does
+(``--dtype float32 --no-batch-invariant``). Stock with another token budget is the control:
+where it differs from stock, the settings decide nothing.
+
+``--race-hunt`` repeats the comparison with VLLM_DUET_CHECK=1, which verifies and poisons the
+prefill lane's buffers, until its time is over.
+
+Exit code: 0 all equal, 1 some differ or failed, 3 the control differs, or nothing was split.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import engines
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+EQUAL, DIFFERENT, UNDECIDED = 0, 1, 3
+MAX_MODEL_LEN = 4096
+MOST_TOKENS_A_STEP, STEPS_FOR_PROMPTS = 1024, 8
+"""So prompts are cut into chunks, and meet decodes. The control cuts them elsewhere."""
+
+console = Console(stderr=True)
+
+
+def main(
+    model: Annotated[
+        Path, typer.Option(exists=True, help="A folder with config.json, or a whole model.")
+    ] = engines.ROOT / "eval" / "models" / "qwen3-8b",
+    load_format: Annotated[str, typer.Option(help="dummy: random weights.")] = "dummy",
+    seeds: Annotated[int, typer.Option(min=1, help="Random plans to compare with stock.")] = 10,
+    requests: Annotated[int, typer.Option(min=2)] = 32,
+    dtype: str = "auto",
+    batch_invariant: Annotated[
+        bool, typer.Option(help="VLLM_BATCH_INVARIANT=1; on a GPU only.")
+    ] = engines.ON_GPU,
+    race_hunt: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Repeat, checked, until this is over.")
+    ] = 0.0,
+    scale: Annotated[float, typer.Option(help="Of prompt lengths; small for a CPU.")] = 1.0,
+    duet_config: Annotated[
+        str, typer.Option(help="More options of vllm-duet, as JSON.")
+    ] = '{"cuda_lanes": true}',
+    out: Annotated[Path, typer.Option(dir_okay=False)] = engines.RESULTS / "exactness.json",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+) -> None:
+    """Compare tokens under random plans with stock vLLM's."""
+    config = json.loads((model / "config.json").read_text())
+    longest = min(MAX_MODEL_LEN, config["max_position_embeddings"])
+    work = make_requests(requests, config["vocab_size"], longest, scale)
+    tokens = sum(len(prompt) for prompt, _ in work)
+    budget = max(2 * requests, min(MOST_TOKENS_A_STEP, tokens // STEPS_FOR_PROMPTS))
+    engine = {
+        "model": str(model),
+        "load_format": load_format,
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "max_model_len": longest,
+        "max_num_batched_tokens": budget,
+        "max_num_seqs": requests,
+        "seed": 0,
+    }
+    if not engines.ON_GPU:
+        engine |= {"enforce_eager": True, "block_size": 32, "distributed_executor_backend": "uni"}
+    typer.echo(
+        f"{requests} requests, {tokens:,} prompt tokens; stock twice, then"
+        + (f" plans for {race_hunt:g} s" if race_hunt else f" {seeds} random plans")
+    )
+    if dry_run:
+        typer.echo(f"engine: {json.dumps(engine)}")
+        return
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if batch_invariant:
+        variables["VLLM_BATCH_INVARIANT"] = "1"
+    duet = json.loads(duet_config)
+    with engines.environment(**variables) as environment:
+        try:
+            stock = serve(engine, work, environment)
+            other = engine | {"max_num_batched_tokens": max(requests, budget * 5 // 8)}
+            control = serve(other, work, environment)
+        except RuntimeError as error:
+            typer.echo(f"Stock vLLM failed:\n{error}", err=True)
+            raise typer.Exit(DIFFERENT) from None
+        rows: list[dict[str, Any]] = []
+        for seed in plans(seeds, race_hunt):
+            if race_hunt:
+                environment["VLLM_DUET_CHECK"] = "1"
+            options = {"duet": {**duet, "mode": "random", "seed": seed}}
+            try:
+                found = serve(engine, work, environment, options)
+            except RuntimeError as error:
+                rows.append({"seed": seed, "error": str(error)})
+            else:
+                rows.append(
+                    {
+                        "seed": seed,
+                        **compare(stock["tokens"], found["tokens"]),
+                        "steps_by_mode": found["steps_by_mode"],
+                    }
+                )
+    result = {
+        "provenance": engines.provenance(),
+        "engine": engine,
+        "environment": variables,
+        "duet": duet,
+        "control": compare(stock["tokens"], control["tokens"]),
+        "runs": rows,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    raise typer.Exit(report(result, requests))
+
+
+def plans(seeds: int, race_hunt_s: float) -> Any:
+    """The seeds, in order; with a hunt, as many as its time allows, and at least one."""
+    if not race_hunt_s:
+        yield from track(range(seeds), description="random plans", console=console)
+        return
+    end_s, seed = time.monotonic() + race_hunt_s, 0
+    while seed == 0 or time.monotonic() < end_s:
+        yield seed
+        seed += 1
+
+
+def make_requests(
+    count: int, vocabulary: int, longest: int, scale: float, seed: int = 0
+) -> list[tuple[list[int], dict[str, Any]]]:
+    """Prompts of mixed lengths with their sampling parameters; the same every time.
+
+    Every third begins like the one before it; every fourth samples, by a seed of its own.
+    """
+    rng = random.Random(seed)
+    made: list[tuple[list[int], dict[str, Any]]] = []
+    for number in range(count):
+        length = max(2, round(scale * rng.choice([8, 60, 200, 700, 1500, 2500])))
+        prompt = rng.choices(range(3, vocabulary), k=min(length, longest - 128))
+        if number % 3 == 2:
+            shared = made[-1][0][: len(prompt) * 2 // 3]
+            prompt[: len(shared)] = shared
+        sampling: dict[str, Any] = {"max_tokens": rng.randint(1, 60), "ignore_eos": True}
+        if number % 4 == 3:
+            sampling |= {"temperature": 0.8, "seed": 1000 + number}
+            if engines.ON_GPU:  # Triton's interpreter does not run that kernel.
+                sampling["top_p"] = 0.9
+        else:
+            sampling |= {"temperature": 0.0}
+        made.append((prompt, sampling))
+    return made
+
+
+def serve(
+    engine: dict[str, Any],
+    work: Sequence[tuple[list[int], dict[str, Any]]],
+    environment: dict[str, str],
+    additional_config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """``tokens`` of each request and ``steps_by_mode`` of a new engine in a new process.
+
+    With ``additional_config`` the scheduler is DuetScheduler.
+
+    Raises:
+        RuntimeError: it failed; the end of what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
+        task.write_text(
+            json.dumps({"engine": engine, "work": work, "additional_config": additional_config})
+        )
+        ended = subprocess.run(
+            [sys.executable, __file__, "--child", str(task), str(answer)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+        if ended.returncode or not answer.exists():
+            raise RuntimeError("\n".join((ended.stdout + ended.stderr).splitlines()[-15:]))
+        result: dict[str, Any] = json.loads(answer.read_text())
+        return result
+
+
+def child(task_file: str, answer_file: str) -> None:
+    """In a process of its own: serve all requests at once."""
+    from vllm import LLM, SamplingParams
+
+    task = json.loads(Path(task_file).read_text())
+    options = task["engine"]
+    if task["additional_config"] is not None:
+        options["scheduler_cls"] = "vllm_duet.DuetScheduler"
+        options["additional_config"] = task["additional_config"]
+    llm = LLM(**options)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in task["work"]],
+        [SamplingParams(detokenize=False, **sampling) for _, sampling in task["work"]],
+        use_tqdm=False,
+    )
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    steps = getattr(scheduler, "num_steps", {})
+    answer = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "steps_by_mode": {str(mode): count for mode, count in steps.items()},
+    }
+    Path(answer_file).write_text(json.dumps(answer))
+
+
+def compare(expected: Sequence[list[int]], found: Sequence[list[int]]) -> dict[str, Any]:
+    """How many requests are equal, and where the others part: (request, token)."""
+    parts = []
+    for number, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if a != b:
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            parts.append((number, min(len(a), len(b)) if at is None else at))
+    return {"equal": len(expected) - len(parts), "parts_at": parts}
+
+
+def report(result: dict[str, Any], requests: int) -> int:
+    """Print the table, and return the exit code."""
+    table = Table("plan", "equal", "first difference", "steps by mode")
+    control, runs = result["control"], result["runs"]
+    for name, row in [("stock again", control), *((f"seed {r['seed']}", r) for r in runs)]:
+        if "error" in row:
+            table.add_row(name, "failed", row["error"].splitlines()[-1], "")
+            continue
+        first = row["parts_at"][0] if row["parts_at"] else None
+        table.add_row(
+            name,
+            f"{row['equal']} of {requests}",
+            f"request {first[0]}, token {first[1]}" if first else "",
+            " ".join(f"{mode}:{n}" for mode, n in row.get("steps_by_mode", {}).items() if n),
+        )
+    Console(width=120).print(table)
+    if any("error" in row for row in runs):
+        typer.echo("A run failed.")
+        return DIFFERENT
+    if control["parts_at"]:
+        typer.echo(
+            "Stock vLLM differs from itself under another token budget: with these settings a"
+            " token depends on who shares its batch, and this decides nothing."
+        )
+        return UNDECIDED
+    if not any(row["steps_by_mode"].get("split") for row in runs):
+        typer.echo("No step was split, so this shows nothing: see vllm-duet doctor.")
+        return UNDECIDED
+    if any(row["parts_at"] for row in runs):
+        typer.echo("Tokens differ from stock vLLM's.")
+        return DIFFERENT
+    typer.echo(f"All tokens of {requests} requests are stock vLLM's under {len(runs)} plans.")
+    return EQUAL
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+    else:
+        typer.run(main)
