@@ -152,6 +152,32 @@ def test_the_check_names_the_buffer_that_changed(roomy, name):
         check.verify(7)
 
 
+# Rule 3: on a GPU, decode steps beside a prefill are CUDA graphs.
+
+
+class HasFewGraphs(CountingScheduler):
+    """As if full CUDA graphs were captured for at most two decodes."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._most_decodes = 2
+
+    def schedule(self, throttle_prefills=False):
+        output = super().schedule(throttle_prefills)
+        if self._in_flight:
+            self.seen["most decodes beside a prefill"] = max(
+                self.seen["most decodes beside a prefill"], len(output.num_scheduled_tokens)
+            )
+        return output
+
+
+def test_no_more_decodes_beside_a_prefill_than_there_are_graphs_for(roomy, beside_decodes):
+    stock = roomy.run(beside_decodes, AsyncScheduler)
+    CountingScheduler.seen["most decodes beside a prefill"] = 0
+    assert all_equal(stock, serve(roomy, beside_decodes, "late", 3, HasFewGraphs, mode="split"))
+    assert CountingScheduler.seen["most decodes beside a prefill"] == 2
+
+
 # Rule 5: nobody reads prefix-cache blocks that a prefill in flight has yet to write.
 
 
