@@ -161,7 +161,7 @@ def measure(num_running: int, case: dict[str, Any], repeats: int) -> dict[str, A
         before = Counter(ours.num_steps) if decides else Counter()
         for number in range(-WARM_UP, -(-repeats // ROUNDS)):
             if decides:
-                ours._step_times._recent = ours._step_times._lasting = BUSY
+                be_busy(ours._step_times)
             # Whoever goes second finds the caches colder.
             for name in in_turn(lanes, number):
                 lane = lanes[name]
@@ -180,6 +180,13 @@ def measure(num_running: int, case: dict[str, Any], repeats: int) -> dict[str, A
         "ratio": medians["duet"] / medians["stock"],
         "steps_by_mode": {mode.value: modes[mode] for mode in Mode},
     }
+
+
+def be_busy(step_times: Any) -> None:
+    """What a GPU would have taught the scheduler; here steps take no time, and prompts end."""
+    step_times._recent = step_times._lasting = BUSY
+    step_times._joined = 0.0
+    step_times.correction._kinds.clear()
 
 
 def in_turn(names: Iterable[str], number: int) -> list[str]:
