@@ -81,7 +81,9 @@ def main(
         )
     Console().print(table)
     if out:
-        head = provenance(shlex.join(["python", "eval/bench_simulator.py", *sys.argv[1:]]))
+        # Where the traces are is nobody's business but this machine's.
+        arguments = [Path(a).name if a == str(traces) else a for a in sys.argv[1:]]
+        head = provenance(shlex.join(["python", "eval/bench_simulator.py", *arguments]))
         head |= {
             "label": "measured",
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
