@@ -40,7 +40,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.workspace import use_workspace_lane
 
 from vllm_duet.config import CHECK_VARIABLE, DuetConfig
-from vllm_duet.forecast import decode_lanes, profile_for
+from vllm_duet.forecast import FORCED_MODE_PROFILE, decode_lanes, profile_for
 from vllm_duet.lane_graphs import LaneGraphs, lane_sizes
 from vllm_duet.lanes import InFlight, LanePair
 from vllm_duet.lanes.cuda import CudaLanePair
@@ -53,6 +53,7 @@ from vllm_duet.plan import (
     StepDirective,
     directive_of,
 )
+from vllm_duet.roofline import GpuProfile
 from vllm_duet.support import split_blockers
 
 logger = init_logger(__name__)
@@ -215,6 +216,12 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         """By the SM count of the decode lane; empty until captured."""
 
     @property
+    def main_stream(self) -> torch.cuda.Stream:
+        # vLLM keeps the first it sees; outputs would be copied, and the step go on, on
+        # that stream and not on the lane.
+        return torch.cuda.current_stream(self.device)
+
+    @property
     def decode_streams(self) -> Mapping[int, torch.cuda.Stream]:
         """The decode lanes' streams, by their SM counts."""
         return self.lanes.decode_streams if isinstance(self.lanes, CudaLanePair) else {}
@@ -294,12 +301,22 @@ def make_lanes(vllm_config: Any, device: torch.device) -> LanePair:
 
     Raises:
         GreenContextError: the GPU, its driver or an SM count does not allow of them.
+        ValueError: the GPU has not the SMs that its profile says.
     """
     config = DuetConfig.load(vllm_config.additional_config)
     if device.type == "cpu" or split_blockers(vllm_config):
         return SerialLanePair(config.serial_timing, config.serial_hold_steps)
     profile = profile_for(config, current_platform.get_device_name())
-    return CudaLanePair.create(decode_lanes(config, profile), device)
+    decode_sms = decode_lanes(config, profile)
+    lanes = CudaLanePair.create(decode_sms, device)
+    num_sms = (profile or GpuProfile.load(FORCED_MODE_PROFILE)).num_sms
+    if lanes.prefill_sms != {num_sms - sms for sms in decode_sms}:
+        lanes.shutdown()
+        raise ValueError(
+            f"The GPU profile says {num_sms} SMs, and the GPU has others: name or calibrate the"
+            " right one with the option gpu_profile."
+        )
+    return lanes
 
 
 def _touches_blocks(scheduler_output: SchedulerOutput) -> bool:

@@ -7,11 +7,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
+from vllm_duet import model_runner
 from vllm_duet.lane_graphs import MAX_SIZES, LaneGraphs, lane_sizes
 from vllm_duet.model_runner import DuetModelRunner
 from vllm_duet.support import most_decodes_beside
@@ -88,6 +90,46 @@ def test_a_step_beside_a_prefill_uses_its_lanes_graphs(graphs: LaneGraphs, roomy
     with runner.decoding(24):
         assert runner.cudagraph_manager == "stock"
     assert runner.cudagraph_manager == "stock"
+
+
+def test_a_step_goes_on_on_its_lane(monkeypatch) -> None:
+    """vLLM's own main_stream is the first that it was asked for."""
+    runner = DuetModelRunner.__new__(DuetModelRunner)
+    runner.device = "cuda:0"
+    for stream in ("the caller's", "the lane's"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        assert runner.main_stream == stream
+
+
+class Lanes:
+    def __init__(self, num_sms: int, decode_sms: tuple[int, ...]) -> None:
+        self.prefill_sms = {num_sms - sms for sms in decode_sms}
+        self.is_shut_down = False
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+
+@pytest.mark.parametrize("num_sms", [132, 114])
+def test_a_profile_of_another_gpu_stops_the_start(monkeypatch, num_sms: int) -> None:
+    made: list[Lanes] = []
+
+    def create(decode_sms: tuple[int, ...], device: object) -> Lanes:
+        made.append(Lanes(num_sms, decode_sms))
+        return made[-1]
+
+    monkeypatch.setattr(model_runner, "split_blockers", lambda config: [])
+    monkeypatch.setattr(model_runner.CudaLanePair, "create", create)
+    config = SimpleNamespace(
+        additional_config={"duet": {"gpu_profile": "h100-sxm", "decode_sms": [16, 32]}}
+    )
+    device = SimpleNamespace(type="cuda")
+    if num_sms == 132:
+        assert model_runner.make_lanes(config, device) is made[0]
+        return
+    with pytest.raises(ValueError, match="profile says 132 SMs, and the GPU has others"):
+        model_runner.make_lanes(config, device)
+    assert made[0].is_shut_down
 
 
 def gpu_config(**changes):

@@ -296,6 +296,7 @@ def test_lanes_that_are_not_there(rig: Rig) -> None:
 
 def test_decode_streams_are_the_more_urgent(rig: Rig) -> None:
     assert sorted(rig.pair.decode_streams) == list(LANES)
+    assert rig.pair.prefill_sms == {132 - sms for sms in LANES}
     made = [(len(s.context.sm_ids), s.priority) for s in rig.driver.streams.values()]
     assert sorted(made) == [(16, -1), (32, -1), (100, 0), (116, 0)]
 

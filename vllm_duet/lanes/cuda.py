@@ -64,6 +64,11 @@ class CudaLanePair(LanePair):
         self._is_prepared = False
         self._last_prefill: Any = None
 
+    @property
+    def prefill_sms(self) -> set[int]:
+        """The SM counts of the prefill lanes."""
+        return set(self._prefill_streams)
+
     @classmethod
     def create(cls, decode_sms: Sequence[int], device: torch.device) -> CudaLanePair:
         """Split the SMs of ``device`` in every way of ``decode_sms``.
