@@ -71,7 +71,11 @@ def make_tiny_model(folder: Path, **overrides: Any) -> Path:
 
 
 def make_llm(model: Path, scheduler_cls: type | str, **overrides: Any) -> LLM:
-    """An engine in this process on the CPU, Model Runner V2 in Triton's interpreter."""
+    """An engine in this process on the CPU, Model Runner V2 in Triton's interpreter.
+
+    Keep it for the whole session: one that is garbage collected takes the process's
+    distributed groups with it, which are every other engine's too.
+    """
     settings: dict[str, Any] = dict(
         model=str(model),
         scheduler_cls=scheduler_cls,

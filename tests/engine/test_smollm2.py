@@ -20,7 +20,7 @@ COUNT = " ".join(str(i) for i in range(1, 31)) + " "
 QUESTION = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine():
     llm = make_llm(
         smollm2.prepare(),
