@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_duet.config import DuetConfig
-from vllm_duet.policy import decode_sm_candidates, validate_decode_sms
 from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
 
 FORCED_MODE_PROFILE = "h100-sxm"
@@ -31,18 +30,15 @@ def profile_for(config: DuetConfig, device_name: str) -> GpuProfile | None:
     return GpuProfile.detect(device_name)
 
 
-def decode_lanes(config: DuetConfig, profile: GpuProfile | None) -> tuple[int, ...]:
-    """The SM counts of the decode lanes that there are, for the policy and for the runner.
+def lane_profile(config: DuetConfig, device_name: str) -> GpuProfile:
+    """The profile whose SM groups the lanes are made of, in the policy and in the runner.
 
-    Without a profile, which only a forced mode can do, those of ``FORCED_MODE_PROFILE``.
+    Where none is known, which only a forced mode can do with, ``FORCED_MODE_PROFILE``.
 
     Raises:
-        ValueError: ``config.decode_sms`` do not suit the GPU.
+        ValueError: the profile named in ``config`` does not exist or is wrong.
     """
-    profile = profile or GpuProfile.load(FORCED_MODE_PROFILE)
-    if config.decode_sms is None:
-        return decode_sm_candidates(profile)
-    return validate_decode_sms(profile, config.decode_sms)
+    return profile_for(config, device_name) or GpuProfile.load(FORCED_MODE_PROFILE)
 
 
 def roofline_for(vllm_config: Any, config: DuetConfig, device_name: str) -> Roofline:

@@ -40,7 +40,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.workspace import use_workspace_lane
 
 from vllm_duet.config import CHECK_VARIABLE, DuetConfig
-from vllm_duet.forecast import FORCED_MODE_PROFILE, decode_lanes, profile_for
+from vllm_duet.forecast import lane_profile
 from vllm_duet.lane_graphs import LaneGraphs, lane_sizes
 from vllm_duet.lanes import InFlight, LanePair
 from vllm_duet.lanes.cuda import CudaLanePair
@@ -53,7 +53,7 @@ from vllm_duet.plan import (
     StepDirective,
     directive_of,
 )
-from vllm_duet.roofline import GpuProfile
+from vllm_duet.policy import decode_lanes
 from vllm_duet.support import split_blockers
 
 logger = init_logger(__name__)
@@ -306,15 +306,14 @@ def make_lanes(vllm_config: Any, device: torch.device) -> LanePair:
     config = DuetConfig.load(vllm_config.additional_config)
     if device.type == "cpu" or split_blockers(vllm_config):
         return SerialLanePair(config.serial_timing, config.serial_hold_steps)
-    profile = profile_for(config, current_platform.get_device_name())
-    decode_sms = decode_lanes(config, profile)
+    profile = lane_profile(config, current_platform.get_device_name())
+    decode_sms = decode_lanes(profile, config.decode_sms)
     lanes = CudaLanePair.create(decode_sms, device)
-    num_sms = (profile or GpuProfile.load(FORCED_MODE_PROFILE)).num_sms
-    if lanes.prefill_sms != {num_sms - sms for sms in decode_sms}:
+    if lanes.prefill_sms != {profile.num_sms - sms for sms in decode_sms}:
         lanes.shutdown()
         raise ValueError(
-            f"The GPU profile says {num_sms} SMs, and the GPU has others: name or calibrate the"
-            " right one with the option gpu_profile."
+            f"The GPU profile says {profile.num_sms} SMs, and the GPU has others: name or"
+            " calibrate the right one with the option gpu_profile."
         )
     return lanes
 

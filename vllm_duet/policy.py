@@ -229,6 +229,17 @@ def validate_decode_sms(profile: GpuProfile, decode_sms: Sequence[int]) -> tuple
     return tuple(sorted(set(decode_sms)))
 
 
+def decode_lanes(profile: GpuProfile, decode_sms: Sequence[int] | None) -> tuple[int, ...]:
+    """The SM counts of the decode lanes that there are: ``decode_sms``, or the candidates.
+
+    Raises:
+        ValueError: ``decode_sms`` do not suit the GPU.
+    """
+    if decode_sms is None:
+        return decode_sm_candidates(profile)
+    return validate_decode_sms(profile, decode_sms)
+
+
 @njit
 def chunk_sizes(prefill_tokens: int) -> IntArray:
     """Chunks of a prefill to choose from, in tokens, ascending: doubling from
@@ -356,10 +367,7 @@ class ForecastPolicy:
             ValueError: ``limits.decode_sms`` do not suit the GPU.
         """
         profile = roofline.profile
-        if limits.decode_sms is None:
-            self.decode_sms = decode_sm_candidates(profile)
-        else:
-            self.decode_sms = validate_decode_sms(profile, limits.decode_sms)
+        self.decode_sms = decode_lanes(profile, limits.decode_sms)
         self._lane_sms = np.array(self.decode_sms, dtype=np.int64)
         self._num_sms = profile.num_sms
         self._roofline = roofline

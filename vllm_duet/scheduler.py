@@ -33,13 +33,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_duet.config import DuetConfig
-from vllm_duet.forecast import (
-    FORCED_MODE_PROFILE,
-    NoForecastError,
-    decode_lanes,
-    profile_for,
-    roofline_for,
-)
+from vllm_duet.forecast import NoForecastError, lane_profile, roofline_for
 from vllm_duet.metrics import DuetCounters
 from vllm_duet.plan import (
     MAX_IN_FLIGHT,
@@ -63,8 +57,9 @@ from vllm_duet.policy import (
     Policy,
     PolicyLimits,
     RandomPolicy,
+    decode_lanes,
 )
-from vllm_duet.roofline import GpuProfile, StepTimeCorrection
+from vllm_duet.roofline import StepTimeCorrection
 from vllm_duet.step_times import StepTimes
 from vllm_duet.support import deciding_blockers, most_decodes_beside, split_blockers
 
@@ -430,9 +425,8 @@ def make_policy(
         return None
     if config.mode != "auto":
         # A forced mode needs SM counts but no forecast.
-        profile = profile_for(config, current_platform.get_device_name())
-        profile = profile or GpuProfile.load(FORCED_MODE_PROFILE)
-        decode_sms = decode_lanes(config, profile)
+        profile = lane_profile(config, current_platform.get_device_name())
+        decode_sms = decode_lanes(profile, config.decode_sms)
         if config.mode == "random":
             return RandomPolicy(config.seed, decode_sms, profile.num_sms)
         return FixedModePolicy(
