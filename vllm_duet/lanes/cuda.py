@@ -60,8 +60,8 @@ class CudaLanePair(LanePair):
         self._lock = threading.RLock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="duet-prefill")
         self._forked: Any = None
-        self._prepared: Any = None
-        self._is_prepared = False
+        self._prepared: Any = None  # the last time; decode steps wait for it
+        self._ready: Any = None  # until the launch that it was for
         self._last_prefill: Any = None
 
     @property
@@ -104,26 +104,24 @@ class CudaLanePair(LanePair):
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        forked, self._forked = self._forked, None
-        if forked is None:
-            forked = cuda.current_stream(self._device).record_event()
-        self._prepare_stream.wait_event(forked)
+        self._prepare_stream.wait_event(self._take_fork())
         try:
             with cuda.stream(self._prepare_stream):
                 yield
         finally:
             self._prepared = self._prepare_stream.record_event()
-        self._is_prepared = True
+        self._ready = self._prepared
+
+    def _take_fork(self) -> Any:
+        """The event of the last ``fork`` that nothing has been launched from, or of now."""
+        forked, self._forked = self._forked, None
+        return forked or cuda.current_stream(self._device).record_event()
 
     def launch(self, prefill: Callable[[], T], prefill_sms: int) -> InFlight[T]:
         if prefill_sms not in self._prefill_streams:
             raise LaneError(f"There is no prefill lane of {prefill_sms} SMs.")
-        ready = self._prepared
-        if not self._is_prepared:
-            ready, self._forked = self._forked, None
-            ready = ready or cuda.current_stream(self._device).record_event()
-        self._is_prepared = False
-        started = self._thread.submit(self._run, prefill, prefill_sms, ready)
+        ready, self._ready = self._ready, None
+        started = self._thread.submit(self._run, prefill, prefill_sms, ready or self._take_fork())
         return _Launched(prefill, started, self._device)
 
     def _run(self, prefill: Callable[[], T], prefill_sms: int, ready: Any) -> _Queued[T]:
