@@ -81,20 +81,11 @@ def captured_kernels_stay_in_their_group(
 ) -> Record:
     """Which SMs a graph captured on the decode lane uses when replayed elsewhere."""
     with device.split(middle_split(device.info)) as lanes:
-
-        def seen(unit: Unit, lane: Lane | None = None) -> frozenset[int]:
-            found: frozenset[int] = frozenset()
-            for _ in range(rounds):
-                unit.launch(lane)
-                found |= device.sm_ids(unit)
-            return found
-
-        def eager(lane: Lane) -> frozenset[int]:
-            return seen(device.prepare([SmIds()], lane, captured=False))
-
-        decode, prefill = eager(lanes.decode), eager(lanes.prefill)
+        decode, prefill = (_sms_of(device, lane, rounds) for lane in (lanes.decode, lanes.prefill))
         graph = device.prepare([SmIds()], lanes.decode)
-        on_prefill, on_whole = seen(graph, lanes.prefill), seen(graph, device.whole())
+        on_prefill, on_whole = (
+            _sms_seen(device, graph, rounds, lane) for lane in (lanes.prefill, device.whole())
+        )
         del graph
     if on_prefill <= decode and on_whole <= decode:
         verdict = "captured kernels stay in the group they were captured in"
@@ -111,6 +102,20 @@ def captured_kernels_stay_in_their_group(
         "replayed_on_prefill_sm_ids": sorted(on_prefill),
         "replayed_on_whole_sm_ids": sorted(on_whole),
     }
+
+
+def _sms_of(device: Device, lane: Lane, rounds: int) -> frozenset[int]:
+    """The SMs that kernels launched on ``lane`` run on."""
+    return _sms_seen(device, device.prepare([SmIds()], lane, captured=False), rounds)
+
+
+def _sms_seen(device: Device, unit: Unit, rounds: int, lane: Lane | None = None) -> frozenset[int]:
+    """Every SM that ``rounds`` launches of an SmIds unit ran on; blocks need not fill them all."""
+    found: frozenset[int] = frozenset()
+    for _ in range(rounds):
+        unit.launch(lane)
+        found |= device.sm_ids(unit)
+    return found
 
 
 def replay_against_launch(device: Device, rounds: int, profile: GpuProfile) -> Record:
@@ -291,15 +296,9 @@ def group_sizes(device: Device, rounds: int, profile: GpuProfile) -> Record:
     info, found, wrong = device.info, [], []
     for sms in info.splits:
         with device.split(sms) as lanes:
-            counted = []
-            lane_sms = [lanes.decode.num_sms, lanes.prefill.num_sms]
-            for lane in (lanes.decode, lanes.prefill):
-                unit, ids = device.prepare([SmIds()], lane, captured=False), frozenset[int]()
-                for _ in range(rounds):
-                    unit.launch()
-                    ids |= device.sm_ids(unit)
-                counted.append(len(ids))
-                del unit
+            both = lanes.decode, lanes.prefill
+            lane_sms = [lane.num_sms for lane in both]
+            counted = [len(_sms_of(device, lane, rounds)) for lane in both]
             found.append({"asked": sms, "said": lane_sms, "counted": counted})
             if counted != lane_sms:
                 wrong.append(sms)
