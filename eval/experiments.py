@@ -132,7 +132,7 @@ def ratios(traces: Traces) -> None:
         asked = [Run(name, "stock", 0, b) for b in (512, 1024, 2048, 4096, DEFAULT_BUDGET)]
         static = len(asked)
         asked += [Run(name, "duet", 0, model_error=error) for error in MODEL_ERRORS]
-        asked.append(Run(name, "paper", 0, model_error=0.1))
+        asked.append(Run(name, "paper", 0, model_error=TABLE_ERROR))
         found = goodputs(runs, asked)
         best = max(found[:static])
         rows += [

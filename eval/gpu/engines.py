@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]
 
 from cpu_server import CPU_OPTIONS, ENVIRONMENT  # noqa: E402
 
+from vllm_duet.calibration.session import git_commit  # noqa: E402
 from vllm_duet.doctor import Machine  # noqa: E402
 
 RESULTS = ROOT / "eval" / "results" / "gpu"
@@ -59,11 +59,6 @@ def engine_options() -> tuple[str, ...]:
 def provenance() -> dict[str, Any]:
     """Where and how a file of measurements came to be."""
     machine = Machine.inspect()
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-    )
     return {
         "label": "measured",
         "command": shlex.join(["python", *sys.argv]),
@@ -71,5 +66,5 @@ def provenance() -> dict[str, Any]:
         "gpus": [asdict(gpu) for gpu in machine.gpus],
         "cpu_cores": os.cpu_count(),
         "versions": machine.versions,
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": git_commit(),
     }

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from vllm_duet.sim.results import FloatArray, statistics
 from vllm_duet.sim.traces import TraceError, TraceRequest, at_rate, prompts, read_trace, synthetic
 
 SYSTEMS = ("stock", "duet")
@@ -350,9 +351,9 @@ def figures(legs: Sequence[Sequence[Answer]], tbt_slo_ms: float) -> dict[str, An
     return {
         "outcomes": outcomes,
         "output_tokens_per_s": tokens / lasted_s if lasted_s else 0.0,
-        "ttft_ms": statistics(ttft_ms),
-        "tbt_ms": statistics(tbt_ms),
-        "e2e_ms": statistics(end_to_end_ms),
+        "ttft_ms": distribution(ttft_ms),
+        "tbt_ms": distribution(tbt_ms),
+        "e2e_ms": distribution(end_to_end_ms),
         "tbt_within_slo": float((tbt_ms <= tbt_slo_ms).mean()) if tbt_ms.size else None,
         "sent_late_ms": max(
             (1e3 * a.sent_s - a.request.arrival_ms for a in answers if a.sent_s), default=0.0
@@ -360,18 +361,9 @@ def figures(legs: Sequence[Sequence[Answer]], tbt_slo_ms: float) -> dict[str, An
     }
 
 
-def statistics(values: np.ndarray) -> dict[str, float] | None:
-    """mean, p50, p90, p99 and max; None where there are no values."""
-    if not values.size:
-        return None
-    p50, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()
-    return {
-        "mean": float(values.mean()),
-        "p50": p50,
-        "p90": p90,
-        "p99": p99,
-        "max": float(values.max()),
-    }
+def distribution(values: FloatArray) -> dict[str, float] | None:
+    """The statistics of ``values``; None where there are none."""
+    return statistics(values) if values.size else None
 
 
 def print_table(

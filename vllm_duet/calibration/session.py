@@ -109,7 +109,7 @@ def provenance(info: DeviceInfo, command: Sequence[str]) -> Results:
             "cuda-bindings": _version("cuda-bindings"),
         },
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("CUDA_", "CUBLAS_"))},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "source_sha256": source_sha256(),
     }
 
@@ -169,7 +169,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the checkout, with "-dirty" where tracked files differ; None outside."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     command += ["--abbrev=40", "--exclude=*"]

@@ -10,15 +10,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_duet.sim.engine import RequestRecord
-from vllm_duet.sim.executor import Interval
-from vllm_duet.sim.simulation import Options, Outcome
 from vllm_duet.sim.traces import TraceRequest, rate_of
+
+if TYPE_CHECKING:  # of these, only names: figures can be had without importing vLLM
+    from vllm_duet.sim.engine import RequestRecord
+    from vllm_duet.sim.executor import Interval
+    from vllm_duet.sim.simulation import Options, Outcome
 
 FloatArray = npt.NDArray[np.float64]
 
