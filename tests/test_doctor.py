@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from vllm_duet import doctor
 from vllm_duet.cli import app
 from vllm_duet.doctor import Diagnosis, Gpu, Machine
+from vllm_duet.lanes.green_context import GREEN_CONTEXT_CUDA
 from vllm_duet.plan import Mode
 from vllm_duet.support import LIMITS, Limit
 
@@ -84,6 +85,15 @@ def test_without_lanes_a_step_can_still_be_capped(llama: Path, change: dict[str,
     [obstacle] = diagnosis.obstacles[Mode.SPLIT]
     assert re.search(said, obstacle)
     assert not diagnosis.obstacles[Mode.CAPPED]
+
+
+def test_the_doctor_asks_for_the_driver_that_the_lanes_need() -> None:
+    machine = replace(H100, driver="550.54.15", driver_cuda=(12, 4))
+    assert any(
+        "550.54.15 is too old" in obstacle and "12.5" in obstacle
+        for obstacle in Diagnosis.of(machine).obstacles[Mode.SPLIT]
+    )
+    assert GREEN_CONTEXT_CUDA == (12, 5)
 
 
 @pytest.mark.parametrize(

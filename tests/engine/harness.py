@@ -208,5 +208,5 @@ class Engine:
         states = self.runner.req_states
         assert not states.req_id_to_index
         assert sorted(states.free_indices) == list(range(states.max_num_reqs))
-        assert getattr(scheduler, "_prefill", None) is None
-        assert getattr(self.runner, "_prefill", None) is None
+        assert not getattr(scheduler, "_in_flight", ()) and not getattr(scheduler, "_held", ())
+        assert not self.runner._in_flight

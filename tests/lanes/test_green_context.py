@@ -17,10 +17,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from lanes.fake_driver import ENUMS, CUresult, FakeDriver, TypesBefore13_1
 
-from vllm_duet import doctor
 from vllm_duet.lanes import green_context
 from vllm_duet.lanes.green_context import (
-    GREEN_CONTEXT_CUDA,
     DriverCallError,
     GreenContextError,
     SmLimits,
@@ -420,23 +418,6 @@ def test_missing_bindings_are_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(GreenContextError, match=r"pip install 'vllm-duet\[cuda\]'"):
         sm_limits()
-
-
-def test_the_doctor_asks_for_the_same_driver():
-    machine = doctor.Machine(
-        vllm=("vllm", "0.32.0"),
-        vllm_problem=None,
-        torch="2.13.0",
-        cuda_bindings="13.5.0",
-        driver="550.54.15",
-        driver_cuda=(12, 4),
-        gpus=(doctor.Gpu("NVIDIA H100 80GB HBM3", 85_520_809_984, (9, 0), 132),),
-    )
-    assert any(
-        "550.54.15 is too old" in obstacle and "12.5" in obstacle
-        for obstacle in doctor.Diagnosis.of(machine).obstacles[doctor.Mode.SPLIT]
-    )
-    assert GREEN_CONTEXT_CUDA == (12, 5)
 
 
 def test_torch_is_imported_for_a_stream_and_not_before():
