@@ -158,7 +158,7 @@ def measure(num_running: int, case: dict[str, Any], repeats: int) -> dict[str, A
         lanes = {name: Lane(makers[name](), num_running) for name in in_turn(makers, turn)}
         ours = lanes["duet"].scheduler
         decides = isinstance(ours, duet_scheduler.DuetScheduler)
-        before = Counter(ours.num_steps) if decides else Counter()
+        before = Counter(ours.totals.steps) if decides else Counter()
         for number in range(-WARM_UP, -(-repeats // ROUNDS)):
             if decides:
                 be_busy(ours._step_times)
@@ -169,7 +169,7 @@ def measure(num_running: int, case: dict[str, Any], repeats: int) -> dict[str, A
                 if number >= 0:
                     samples[name].append(seconds * 1000)
         if decides:
-            modes.update(Counter(ours.num_steps) - before)
+            modes.update(Counter(ours.totals.steps) - before)
         gc.collect()
     medians = {name: statistics.median(values) for name, values in samples.items()}
     return {

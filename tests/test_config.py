@@ -105,7 +105,10 @@ def test_the_environment_is_the_process_own_by_default(monkeypatch: pytest.Monke
         ({"decode_sms": [16, -8]}, r"decode_sms\[1\] .* should be greater than 0, not -8"),
         ({"max_lookahead": 0}, "max_lookahead .* should be greater than or equal to 1, not 0"),
         ({"throughput_margin": -0.1}, "throughput_margin .* greater than or equal to 0"),
-        ({"serial_timing": "soon"}, "serial_timing .* should be 'early', 'late' or 'threaded'"),
+        (
+            {"serial_timing": "soon"},
+            "serial_timing .* should be 'early', 'late', 'threaded' or 'interleaved'",
+        ),
         ({"tbt_slo": 50}, r"tbt_slo in .* \(did you mean tbt_slo_ms\?\); the options are"),
         ({"colour": "red"}, "Unknown vllm-duet option colour in .*; the options are .*, mode,"),
         ("split", "The duet section .* should be a mapping"),

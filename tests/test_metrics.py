@@ -22,7 +22,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_duet import metrics, plugin
-from vllm_duet.metrics import PREFIX, DuetCounters, DuetStatLogger
+from vllm_duet.metrics import PREFIX, DuetCounters, DuetStatLogger, DuetTotals
 from vllm_duet.plan import Mode
 
 
@@ -51,11 +51,14 @@ def config(scheduler_cls: str | None = None) -> Any:
 
 def stats(**counts: int) -> SchedulerStats:
     """Statistics as the API process gets them: encoded, sent and decoded."""
-    return crossed(entries(DuetCounters(split_possible=True), **counts))
+    return crossed(entries(DuetCounters(), **counts))
 
 
-def entries(counters: DuetCounters, launched: int = 0, joined: int = 0, **steps: int) -> Any:
-    return counters.entries({mode: steps.get(mode, 0) for mode in Mode}, launched, joined)
+def entries(
+    counters: DuetCounters, launched: int = 0, joined: int = 0, possible: bool = True, **steps: int
+) -> Any:
+    by_mode = {mode: steps.get(mode, 0) for mode in Mode}
+    return counters.entries(DuetTotals(by_mode, launched, joined), possible)
 
 
 def crossed(entries: dict[str, int]) -> SchedulerStats:
@@ -71,8 +74,8 @@ def series(name: str, **labels: str) -> float | None:
 
 
 def test_an_entry_is_what_a_total_grew_by():
-    counters = DuetCounters(split_possible=False)
-    assert entries(counters, launched=1, split=2) == {
+    counters = DuetCounters()
+    assert entries(counters, launched=1, split=2, possible=False) == {
         "vllm_duet:steps:split": 2,
         "vllm_duet:prefills_launched": 1,
         "vllm_duet:split_possible": 0,
@@ -80,15 +83,15 @@ def test_an_entry_is_what_a_total_grew_by():
     assert entries(counters, launched=1, joined=1, split=5) == {
         "vllm_duet:steps:split": 3,
         "vllm_duet:prefills_joined": 1,
-        "vllm_duet:split_possible": 0,
+        "vllm_duet:split_possible": 1,
     }
-    assert entries(counters, launched=1, joined=1, split=5) == {"vllm_duet:split_possible": 0}
+    assert entries(counters, launched=1, joined=1, split=5) == {"vllm_duet:split_possible": 1}
 
 
 def test_totals_become_series():
     logger = DuetStatLogger(config())
     assert series("steps_total", mode="split") == 0
-    counters = DuetCounters(split_possible=True)
+    counters = DuetCounters()
     for step in range(1, 4):
         sent = entries(counters, launched=step, joined=step - 1, split=2 * step, aggregated=step)
         logger.record(crossed(sent), None)
@@ -99,6 +102,21 @@ def test_totals_become_series():
     assert series("prefills_launched_total") == 3
     assert series("prefills_joined_total") == 2
     assert series("split_possible") == 1
+
+
+def test_the_time_lanes_were_busy_becomes_seconds():
+    logger = DuetStatLogger(config())
+    counters, totals = DuetCounters(), DuetTotals()
+    for _ in range(3):
+        totals.failed += 1
+        totals.split_ms += 250.0
+        totals.lane_busy_ms["decode"] += 0.4
+        totals.lane_busy_ms["prefill"] += 200.0
+        logger.record(crossed(counters.entries(totals, split_possible=True)), None)
+    assert series("prefills_failed_total") == 3
+    assert series("split_seconds_total") == pytest.approx(0.75)
+    assert series("lane_busy_seconds_total", lane="decode") == pytest.approx(0.0012)
+    assert series("lane_busy_seconds_total", lane="prefill") == pytest.approx(0.6)
 
 
 def test_the_names_are_those_of_the_documentation():

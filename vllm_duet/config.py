@@ -104,10 +104,15 @@ class DuetConfig(BaseModel):
         description="Split steps on a GPU, by CUDA green contexts. Off, since it has not run on "
         "one yet.",
     )
-    serial_timing: Literal["early", "late", "threaded"] = Field(
+    prefill_launch: Literal["thread", "slices"] = Field(
+        "thread",
+        description="How a GPU is given a prefill's kernels: from a second thread at any time, or "
+        "from that thread but not while a decode step is launched.",
+    )
+    serial_timing: Literal["early", "late", "threaded", "interleaved"] = Field(
         "late",
-        description="When the serial lane runs a prefill: at its launch, at its join, or on a "
-        "second thread in between.",
+        description="When the serial lane runs a prefill: at its launch, at its join, on a "
+        "second thread in between, or a layer after each decode step.",
     )
     serial_hold_steps: int = Field(
         2,

@@ -10,8 +10,8 @@ DuetStatLogger takes them out again before vLLM's own loggers see the stats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
@@ -24,7 +24,32 @@ _STEPS = f"{PREFIX}steps"
 _STEPS_HELP = "Steps in which decodes and prefill competed, by how they were executed."
 _LAUNCHED = f"{PREFIX}prefills_launched"
 _JOINED = f"{PREFIX}prefills_joined"
+_FAILED = f"{PREFIX}prefills_failed"
+_SPLIT_US = f"{PREFIX}split_us"
+_LANE_BUSY_US = f"{PREFIX}lane_busy_us"
 _SPLIT_POSSIBLE = f"{PREFIX}split_possible"
+
+
+Lane = Literal["decode", "prefill"]
+
+
+@dataclass(slots=True)
+class DuetTotals:
+    """What DuetScheduler counts, from its start.
+
+    ``steps`` are those in which decodes and prefill competed, by what became of them.
+    ``split_ms`` is the time in which a prefill was in flight, ``lane_busy_ms`` how much of
+    it each lane was busy: their ratio is the lane's utilization.
+    """
+
+    steps: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(Mode, 0))
+    launched: int = 0
+    joined: int = 0
+    failed: int = 0
+    split_ms: float = 0.0
+    lane_busy_ms: dict[Lane, float] = field(
+        default_factory=lambda: dict.fromkeys(get_args(Lane), 0.0)
+    )
 
 
 class DuetCounters:
@@ -35,20 +60,20 @@ class DuetCounters:
     expose are added up.
     """
 
-    def __init__(self, split_possible: bool) -> None:
-        self._split_possible = int(split_possible)
+    def __init__(self) -> None:
         self._sent: dict[str, int] = {}
 
-    def entries(
-        self, num_steps: Mapping[Mode, int], num_launches: int, num_joins: int
-    ) -> dict[str, int]:
-        """Entries for ``num_kv_fetch_reqs_by_stage``, from totals; must be sent."""
-        totals = {f"{_STEPS}:{mode}": steps for mode, steps in num_steps.items()}
-        totals |= {_LAUNCHED: num_launches, _JOINED: num_joins}
-        sent, self._sent = self._sent, totals
-        entries = {key: total - sent.get(key, 0) for key, total in totals.items()}
+    def entries(self, totals: DuetTotals, split_possible: bool) -> dict[str, int]:
+        """Entries for ``num_kv_fetch_reqs_by_stage``; must be sent."""
+        now = {f"{_STEPS}:{mode}": steps for mode, steps in totals.steps.items()}
+        now |= {_LAUNCHED: totals.launched, _JOINED: totals.joined, _FAILED: totals.failed}
+        now[_SPLIT_US] = int(1e3 * totals.split_ms)
+        for lane, busy_ms in totals.lane_busy_ms.items():
+            now[f"{_LANE_BUSY_US}:{lane}"] = int(1e3 * busy_ms)
+        sent, self._sent = self._sent, now
+        entries = {key: total - sent.get(key, 0) for key, total in now.items()}
         entries = {key: increment for key, increment in entries.items() if increment}
-        return entries | {_SPLIT_POSSIBLE: self._split_possible}
+        return entries | {_SPLIT_POSSIBLE: int(split_possible)}
 
 
 class DuetStatLogger(AggregateStatLoggerBase):
@@ -66,6 +91,15 @@ class DuetStatLogger(AggregateStatLoggerBase):
         steps = Counter(_STEPS, _STEPS_HELP, ["mode", *labels])
         launched = Counter(_LAUNCHED, "Prefills launched beside decode steps.", labels)
         joined = Counter(_JOINED, "Prefills joined after running beside decode steps.", labels)
+        failed = Counter(_FAILED, "Prefills joined that ended in an error.", labels)
+        split = Counter(
+            f"{PREFIX}split_seconds", "Time in which a prefill ran beside decode steps.", labels
+        )
+        busy = Counter(
+            f"{PREFIX}lane_busy_seconds",
+            "Time in which a lane was busy while steps were split.",
+            ["lane", *labels],
+        )
         possible = Gauge(
             _SPLIT_POSSIBLE,
             "1 if the engine can split steps, 0 if it only runs whole ones.",
@@ -78,6 +112,11 @@ class DuetStatLogger(AggregateStatLoggerBase):
                 **{f"{_STEPS}:{mode}": steps.labels(mode, *values) for mode in Mode},
                 _LAUNCHED: launched.labels(*values),
                 _JOINED: joined.labels(*values),
+                _FAILED: failed.labels(*values),
+                _SPLIT_US: split.labels(*values),
+                **{
+                    f"{_LANE_BUSY_US}:{lane}": busy.labels(lane, *values) for lane in get_args(Lane)
+                },
             }
             for index, values in engines.items()
         }
@@ -102,7 +141,8 @@ class DuetStatLogger(AggregateStatLoggerBase):
             if key == _SPLIT_POSSIBLE:
                 self._split_possible[engine_idx].set(value)
             else:
-                counters[key].inc(value)
+                in_seconds = key.startswith((_SPLIT_US, _LANE_BUSY_US))
+                counters[key].inc(1e-6 * value if in_seconds else value)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: the scheduler has said at start-up what it cannot split."""

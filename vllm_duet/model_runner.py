@@ -151,7 +151,7 @@ class DuetModelRunnerMixin:
         assert recorder.recorded is not None
         run = partial(self._run_prefill, recorder.recorded, state)
         in_flight = self.lanes.launch(run, launch.prefill_sms)
-        self._in_flight.append(InFlightPrefill(launch.launch_id, in_flight, check))
+        self._in_flight.append(InFlightPrefill(launch, in_flight, check))
 
     def wait_until_queued(self) -> None:
         """Have the forward context, one global, given back by the prefills in flight."""
@@ -161,10 +161,10 @@ class DuetModelRunnerMixin:
     @torch.inference_mode()
     def _run_prefill(self, forward: RecordedForward, state: Any) -> Any:
         """The prefill's forward and sampling, on whatever thread its lane chose."""
-        with (
-            use_workspace_lane(PREFILL_WORKSPACE_LANE),
-            override_forward_context(forward.context),
-        ):
+        context = forward.context
+        if isinstance(context.attn_metadata, dict):
+            context.attn_metadata = GivingWay(context.attn_metadata, self.lanes.give_way)
+        with use_workspace_lane(PREFILL_WORKSPACE_LANE), override_forward_context(context):
             hidden_states = self.model(**forward.inputs)  # type: ignore[attr-defined]
         with self.lanes.exclusive():
             # A decode step may stand between its forward and its sampling, and its output
@@ -187,10 +187,29 @@ class DuetModelRunnerMixin:
             return step
         self._in_flight.popleft()
         assert step is not None
-        result = prefill.in_flight.result()
+        try:
+            result, error = prefill.in_flight.result(), None
+        except Exception as raised:
+            result, error = None, self._survived(raised, prefill.launch)
         if prefill.check is not None:
-            prefill.check.verify(prefill.launch_id)
-        return JoinedStep(step, prefill.launch_id, result)
+            prefill.check.verify(prefill.launch.launch_id)
+        return JoinedStep(step, prefill, result, error, self.lanes.decode_busy_ms())
+
+    def _survived(self, error: Exception, launch: PrefillLaunch) -> str:
+        """What went wrong with a prefill, in a sentence, where the engine can go on without it.
+
+        Raises:
+            RuntimeError: the GPU does not go on.
+        """
+        sentence = (
+            f"A prefill of {launch.output.total_num_scheduled_tokens} tokens failed on its lane of"
+            f" {launch.prefill_sms} SMs, beside a decode lane of {launch.decode_sms}:"
+            f" {type(error).__name__}: {error}"
+        )
+        if not self.lanes.is_usable():
+            raise RuntimeError(sentence) from error
+        logger.error("vllm-duet: %s", sentence, exc_info=error)
+        return sentence
 
     def shutdown(self) -> None:
         self.lanes.shutdown()
@@ -308,7 +327,7 @@ def make_lanes(vllm_config: Any, device: torch.device) -> LanePair:
         return SerialLanePair(config.serial_timing, config.serial_hold_steps)
     profile = lane_profile(config, current_platform.get_device_name())
     decode_sms = decode_lanes(profile, config.decode_sms)
-    lanes = CudaLanePair.create(decode_sms, device)
+    lanes = CudaLanePair.create(decode_sms, device, slices=config.prefill_launch == "slices")
     if lanes.prefill_sms != {profile.num_sms - sms for sms in decode_sms}:
         lanes.shutdown()
         raise ValueError(
@@ -324,7 +343,7 @@ def _touches_blocks(scheduler_output: SchedulerOutput) -> bool:
 
 
 class InFlightPrefill(NamedTuple):
-    launch_id: int
+    launch: PrefillLaunch
     in_flight: InFlight[Any]
     check: LaneCheck | None
 
@@ -332,6 +351,21 @@ class InFlightPrefill(NamedTuple):
 class RecordedForward(NamedTuple):
     inputs: dict[str, Any]
     context: ForwardContext
+
+
+class GivingWay(dict[str, Any]):
+    """Attention metadata by layer. Whoever asks for a layer's lets decode steps go first.
+
+    Attention is where Python gets a word in between the layers, compiled or not.
+    """
+
+    def __init__(self, by_layer: Mapping[str, Any], give_way: Callable[[], None]) -> None:
+        super().__init__(by_layer)
+        self._give_way = give_way
+
+    def __getitem__(self, layer: str) -> Any:
+        self._give_way()
+        return super().__getitem__(layer)
 
 
 class ForwardRecorder:
@@ -471,14 +505,21 @@ def _with_own_builders(group: AttentionGroup, runner: Any) -> AttentionGroup:
 
 
 class JoinedStep(AsyncModelRunnerOutput):
-    """A step's output with the result of the prefill that ended by then."""
+    """A step's output with the result of the prefill that ended by then, or its error."""
 
     def __init__(
-        self, step: ModelRunnerOutput | AsyncModelRunnerOutput, launch_id: int, prefill: Any
+        self,
+        step: ModelRunnerOutput | AsyncModelRunnerOutput,
+        prefill: InFlightPrefill,
+        result: AsyncModelRunnerOutput | None,
+        error: str | None,
+        decode_busy_ms: float,
     ) -> None:
         self._step = step
-        self._launch_id = launch_id
         self._prefill = prefill
+        self._result = result
+        self._error = error
+        self._decode_busy_ms = decode_busy_ms
 
     def get_output(self) -> ModelRunnerOutput:
         if isinstance(self._step, AsyncModelRunnerOutput):
@@ -487,6 +528,10 @@ class JoinedStep(AsyncModelRunnerOutput):
             # vLLM returns one shared empty output for steps without tokens.
             output = copy.copy(self._step)
         output.duet = JoinedPrefill(  # type: ignore[attr-defined]
-            self._launch_id, self._prefill.get_output()
+            self._prefill.launch.launch_id,
+            self._result.get_output() if self._result is not None else None,
+            self._error,
+            self._prefill.in_flight.busy_ms(),
+            self._decode_busy_ms,
         )
         return output

@@ -97,11 +97,16 @@ class JoinedPrefill:
     """The result of a finished prefill, on its way back to the scheduler.
 
     It travels as the attribute ``duet`` of the ModelRunnerOutput of whichever
-    step found the prefill done.
+    step found the prefill done. ``output`` is a ModelRunnerOutput; ``None`` with
+    ``error``, which says why there is none. The milliseconds are those for which the
+    lanes were busy, the decode lanes since the join before.
     """
 
     launch_id: int
     output: Any
+    error: str | None = None
+    prefill_busy_ms: float = 0.0
+    decode_busy_ms: float = 0.0
 
 
 def directive_of(scheduler_output: Any) -> StepDirective | None:

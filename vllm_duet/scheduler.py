@@ -27,14 +27,14 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import create_request_queue
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_duet.config import DuetConfig
 from vllm_duet.forecast import NoForecastError, lane_profile, roofline_for
-from vllm_duet.metrics import DuetCounters
+from vllm_duet.metrics import DuetCounters, DuetTotals
 from vllm_duet.plan import (
     MAX_IN_FLIGHT,
     DuetPlan,
@@ -67,6 +67,9 @@ logger = init_logger(__name__)
 
 MAX_WAITING_LOOKED_AT = 16
 """How many waiting requests the policy is told of; a step rarely admits more."""
+
+MAX_FAILURES = 3
+"""Prefills that may fail on their lane before steps are left whole."""
 
 FORCED_CAP = 256
 """The prefill tokens of mode=capped."""
@@ -110,11 +113,10 @@ class DuetScheduler(AsyncScheduler):
         """Kept out of ``running`` while prefills are in flight: their requests, and any
         other prompt that is only partly computed."""
         self._joining = False
-        self.num_launches = 0
-        self.num_joins = 0
-        self.num_steps = dict.fromkeys(Mode, 0)
-        """Steps in which decodes and prefill competed, by what became of them."""
-        self._counters = DuetCounters(split_possible=not self._blockers)
+        self._split_since = 0.0
+        """The time up to which ``totals.split_ms`` counts, while prefills are in flight."""
+        self.totals = DuetTotals()
+        self._counters = DuetCounters()
         if self._blockers:
             logger.info("vllm-duet does not split here: %s.", "; ".join(self._blockers))
 
@@ -153,7 +155,7 @@ class DuetScheduler(AsyncScheduler):
             plan, as_planned = replace(plan, mode=Mode.AGGREGATED), False
         forecast_ms = plan.tbt_ms if as_planned else 0.0
         self._step_times.scheduled(output, _kind_of(output), forecast_ms)
-        self.num_steps[plan.mode] += 1
+        self.totals.steps[plan.mode] += 1
         return output
 
     def _schedule_whole(self, throttle_prefills: bool) -> SchedulerOutput:
@@ -235,13 +237,13 @@ class DuetScheduler(AsyncScheduler):
             in_flight = request.request_id in prefill.num_scheduled_tokens
             (self._held if in_flight or request.is_prefill_chunk else decodes).append(request)
         self.running = decodes
-        launch = PrefillLaunch(self.num_launches, prefill, plan.decode_sms, plan.prefill_sms)
-        self._in_flight.append(
-            InFlightPrefill(launch.launch_id, prefill, plan, self._step_times.clock())
-        )
-        behind = len(self._in_flight) > 1
-        self.num_launches += 1
-        self.num_steps[Mode.SPLIT] += 1
+        launch = PrefillLaunch(self.totals.launched, prefill, plan.decode_sms, plan.prefill_sms)
+        now, behind = self._step_times.clock(), bool(self._in_flight)
+        if not behind:
+            self._split_since = now
+        self._in_flight.append(InFlightPrefill(launch.launch_id, prefill, plan, now))
+        self.totals.launched += 1
+        self.totals.steps[Mode.SPLIT] += 1
         decode.duet = StepDirective(
             launch=launch, join=Join.IF_DONE if behind else None, decode_sms=plan.decode_sms
         )
@@ -272,7 +274,7 @@ class DuetScheduler(AsyncScheduler):
         join, forecast_ms = Join.WAIT, 0.0
         if output.total_num_scheduled_tokens:
             join, forecast_ms = Join.IF_DONE, prefill.plan.tbt_ms
-            self.num_steps[Mode.SPLIT] += 1
+            self.totals.steps[Mode.SPLIT] += 1
         self._step_times.scheduled(output, DECODE_LANE, forecast_ms)
         output.duet = StepDirective(join=join, decode_sms=prefill.plan.decode_sms)
         return output
@@ -328,36 +330,104 @@ class DuetScheduler(AsyncScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         self._step_times.ended(scheduler_output)
         joined: JoinedPrefill | None = getattr(model_runner_output, "duet", None)
-        # Counted before the stock update, which makes this step's statistics.
-        self.num_joins += joined is not None
+        if joined is not None:
+            # Before the stock update, which makes this step's statistics.
+            self._count(joined)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if joined is not None:
             merge_outputs(outputs, self._join(joined))
         return outputs
 
+    def _count(self, joined: JoinedPrefill) -> None:
+        now, totals = self._step_times.clock(), self.totals
+        totals.joined += 1
+        totals.failed += joined.error is not None
+        totals.split_ms += 1e3 * (now - self._split_since)
+        self._split_since = now
+        totals.lane_busy_ms["prefill"] += joined.prefill_busy_ms
+        totals.lane_busy_ms["decode"] += joined.decode_busy_ms
+
     def _join(self, joined: JoinedPrefill) -> dict[int, EngineCoreOutputs]:
         prefill = self._in_flight.pop(0)
         assert prefill.launch_id == joined.launch_id
         held, self._held = self._held, []
-        decoding = sum(request in prefill and not request.is_prefill_chunk for request in held)
-        self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.started_at, decoding)
+        if joined.error is None:
+            decoding = sum(request in prefill and not request.is_prefill_chunk for request in held)
+            self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.started_at, decoding)
         for request in held:
             behind = any(request in other for other in self._in_flight)
             stays = behind or (self._in_flight and request.is_prefill_chunk)
             (self._held if stays else self.running).append(request)
         for other in self._in_flight:
             other.started_at = self._step_times.clock()
-        finished = {request.request_id for request in prefill.finished}
-        self._joining = True
-        try:
-            outputs = super().update_from_output(
-                without_requests(prefill.output, finished), joined.output
-            )
-        finally:
-            self._joining = False
+        if joined.error is not None:
+            outputs = self._fail(prefill, joined.error)
+        else:
+            finished = {request.request_id for request in prefill.finished}
+            self._joining = True
+            try:
+                outputs = super().update_from_output(
+                    without_requests(prefill.output, finished), joined.output
+                )
+            finally:
+                self._joining = False
         for request in prefill.finished:
             super()._free_request(request)
         return outputs
+
+    def _fail(self, prefill: InFlightPrefill, error: str) -> dict[int, EngineCoreOutputs]:
+        """End the requests of a prefill that was not computed, and those that rely on it.
+
+        The prefix cache has its blocks as if they had been written.
+        """
+        failed = set(prefill.output.num_scheduled_tokens)
+        unwritten = self._written_by(prefill.output)
+        for behind in self._in_flight:
+            blocks = self._written_by(behind.output)
+            relying = {
+                request_id
+                for request_id in behind.output.num_scheduled_tokens
+                if unwritten & self._blocks_of(request_id)
+            }
+            failed |= relying
+            unwritten |= blocks if relying else set()
+        self.kv_cache_manager.evict_blocks(unwritten)
+        requests = self.finish_requests(failed, RequestStatus.FINISHED_ERROR)
+        logger.error("vllm-duet: %d requests failed. %s", len(requests), error)
+        if self.totals.failed == MAX_FAILURES:
+            self._blockers.append(f"{MAX_FAILURES} prefills have failed on their lane")
+            logger.error("vllm-duet splits no more steps: %s.", self._blockers[-1])
+        outputs: dict[int, EngineCoreOutputs] = {}
+        for request in requests:
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
+        return outputs
+
+    def _written_by(self, output: SchedulerOutput) -> set[int]:
+        """The KV blocks that a prefill writes to, of all its requests."""
+        cached = output.scheduled_cached_reqs
+        begins = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        begins |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        groups = self.kv_cache_config.kv_cache_groups
+        return {
+            block
+            for request_id, begin in begins.items()
+            for group, blocks in zip(
+                groups, self.kv_cache_manager.get_block_ids(request_id), strict=True
+            )
+            for block in blocks[begin // group.kv_cache_spec.block_size :]
+        }
+
+    def _blocks_of(self, request_id: str) -> set[int]:
+        return set(chain.from_iterable(self.kv_cache_manager.get_block_ids(request_id)))
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
@@ -378,7 +448,7 @@ class DuetScheduler(AsyncScheduler):
         stats = None if self._joining else super().make_stats(*args, **kwargs)
         if stats is not None:
             stats.num_kv_fetch_reqs_by_stage |= self._counters.entries(
-                self.num_steps, self.num_launches, self.num_joins
+                self.totals, not self._blockers
             )
         return stats
 

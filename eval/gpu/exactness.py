@@ -216,7 +216,8 @@ def child(task_file: str, answer_file: str) -> None:
         use_tqdm=False,
     )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    steps = getattr(scheduler, "num_steps", {})
+    totals = getattr(scheduler, "totals", None)
+    steps = totals.steps if totals else {}
     answer = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "steps_by_mode": {str(mode): count for mode, count in steps.items()},

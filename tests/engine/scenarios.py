@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +14,23 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_duet.lanes.serial import SerialLanePair, Timing
 from vllm_duet.scheduler import DuetScheduler
+
+
+class WatchedLanes(SerialLanePair):
+    """Serial lanes that count the decode steps that begin when a prefill has begun."""
+
+    def __init__(self, timing: Timing, hold_steps: int) -> None:
+        super().__init__(timing, hold_steps)
+        self._in_a_prefill = False
+
+    def give_way(self) -> None:
+        self._in_a_prefill = True
+        super().give_way()
+        self._in_a_prefill = False
+
+    def decoding(self, decode_sms: int) -> AbstractContextManager[None]:
+        CountingScheduler.seen["decode steps in the middle of a prefill"] += self._in_a_prefill
+        return super().decoding(decode_sms)
 
 
 class CountingScheduler(DuetScheduler):
@@ -62,7 +80,7 @@ def serve(
 ) -> dict[str, Answer]:
     """The answers of a DuetScheduler with the options ``duet``."""
     engine.runner.lanes.shutdown()
-    engine.runner.lanes = SerialLanePair(timing, hold_steps)
+    engine.runner.lanes = WatchedLanes(timing, hold_steps)
     engine.vllm_config.additional_config = {"duet": duet}
     checked = assert_blocks_kept if scheduler_cls is CountingScheduler else None
     return engine.run(arrivals, scheduler_cls, checked)

@@ -25,13 +25,13 @@ def test_tokens_equal_and_steps_are_learned_from(roomy):
 def test_a_tight_bound_takes_the_prefill_out_of_whole_steps(roomy):
     options = dict(mode="auto", gpu_profile="h100-sxm", correction=False, tbt_slo_ms=0.395)
     run_both(roomy, random_mix(22), "threaded", 2, **options)
-    steps = roomy.core.scheduler.num_steps
+    steps = roomy.core.scheduler.totals.steps
     assert steps[Mode.CAPPED] + steps[Mode.SPLIT] > 0
 
 
 def test_without_a_profile_every_step_is_vllms(roomy):
     run_both(roomy, random_mix(23), "late", 2, mode="auto")
-    assert not any(roomy.core.scheduler.num_steps.values())
+    assert not any(roomy.core.scheduler.totals.steps.values())
 
 
 def test_no_step_is_decided_where_a_cap_would_stall_prompts(roomy):
@@ -50,4 +50,4 @@ def test_a_split_is_planned_for_a_prompt_that_the_cache_has_no_room_for(full_cac
     late = [replace(first[-1], request_id=f"later-{i}", step=3 + i) for i in range(3)]
     options = dict(mode="auto", gpu_profile="h100-sxm", correction=False, tbt_slo_ms=0.395)
     run_both(full_cache, [*first, *late], "late", 0, **options)
-    assert full_cache.core.scheduler.num_steps[Mode.AGGREGATED] > 0
+    assert full_cache.core.scheduler.totals.steps[Mode.AGGREGATED] > 0

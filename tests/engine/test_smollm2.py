@@ -96,4 +96,4 @@ def test_structured_output_keeps_its_own_prefill_whole(engine, arrivals, stock):
     others = [replace(a, step=0) for a in arrivals if a.request_id == "capital"]
     answers = serve(engine, [*others, replace(regex, step=2)], "late", 2, mode="split")
     assert answers["regex"].text == stock["regex"].text
-    assert engine.core.scheduler.num_launches == 0
+    assert engine.core.scheduler.totals.launched == 0

@@ -114,7 +114,7 @@ class Lanes:
 def test_a_profile_of_another_gpu_stops_the_start(monkeypatch, num_sms: int) -> None:
     made: list[Lanes] = []
 
-    def create(decode_sms: tuple[int, ...], device: object) -> Lanes:
+    def create(decode_sms: tuple[int, ...], device: object, slices: bool) -> Lanes:
         made.append(Lanes(num_sms, decode_sms))
         return made[-1]
 

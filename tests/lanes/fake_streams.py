@@ -14,14 +14,26 @@ from contextlib import contextmanager
 
 
 class FakeEvent:
-    """The point in a stream's queue where it was recorded; ``reached`` is the test's to set."""
+    """The point in a stream's queue where it was recorded.
 
-    def __init__(self, operation: int) -> None:
-        self.operation = operation
-        self.reached = False
+    ``reached`` and ``at_ms`` are the test's to set.
+    """
+
+    def __init__(self, reached: bool = False, enable_timing: bool = False) -> None:
+        self.operation = -1
+        self.reached = reached
+        self.has_time = enable_timing
+        self.at_ms = 0.0
 
     def query(self) -> bool:
         return self.reached
+
+    def synchronize(self) -> None:
+        self.reached = True
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        assert self.has_time and later.has_time and self.reached and later.reached
+        return later.at_ms - self.at_ms
 
 
 class FakeStream:
@@ -37,8 +49,9 @@ class FakeStream:
             self.last = operation
         return operation
 
-    def record_event(self) -> FakeEvent:
-        event = FakeEvent(self.queue("record"))
+    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
+        event = event or self.cuda.Event()
+        event.operation = self.queue("record")
         self.cuda.events.append(event)
         return event
 
@@ -51,15 +64,22 @@ class FakeStream:
 
 
 class FakeCuda:
-    def __init__(self) -> None:
+    """With ``at_once``, what is queued has run as soon as it is queued."""
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.operations: list[str] = []
         self.after: dict[int, list[int]] = {}
         self.events: list[FakeEvent] = []
         self.lock = threading.Lock()
         self.default = FakeStream(self, "default")
         self.synchronized = 0
+        self.fault: Exception | None = None
         self.devices: dict[str, object] = {}
         self._local = threading.local()
+
+    def Event(self, enable_timing: bool = False) -> FakeEvent:
+        return FakeEvent(self.at_once, enable_timing)
 
     def Stream(self, device: object) -> FakeStream:
         return FakeStream(self, "made")
@@ -85,6 +105,8 @@ class FakeCuda:
 
     def synchronize(self, device: object) -> None:
         self.synchronized += 1
+        if self.fault is not None:
+            raise self.fault
 
     def work(self, name: str) -> None:
         """Queue a kernel on the current stream of this thread."""
@@ -92,13 +114,13 @@ class FakeCuda:
 
     def comes_before(self, first: str, second: str) -> bool:
         """Whether ``first`` has ended when ``second`` begins, in every order there is."""
-        target, pending = self.operations.index(first), [self.operations.index(second)]
-        seen = set(pending)
+        return self.operations.index(first) in self.before(self.operations.index(second))
+
+    def before(self, operation: int) -> set[int]:
+        """What has ended when ``operation`` begins."""
+        pending, seen = [operation], set[int]()
         while pending:
-            for operation in self.after[pending.pop()]:
-                if operation == target:
-                    return True
-                if operation not in seen:
-                    seen.add(operation)
-                    pending.append(operation)
-        return False
+            new = set(self.after[pending.pop()]) - seen
+            seen |= new
+            pending += new
+        return seen

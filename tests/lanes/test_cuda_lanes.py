@@ -291,6 +291,82 @@ def test_lanes_that_are_not_there(rig: Rig) -> None:
         rig.pair.launch(lambda: None, 108)
 
 
+def test_a_decode_step_that_fails_names_its_lane(rig: Rig) -> None:
+    with pytest.raises(ZeroDivisionError) as raised, rig.pair.decoding(32):
+        raise ZeroDivisionError
+    assert raised.value.__notes__ == ["In the decode lane of 32 SMs."]
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("CUDA error: an illegal memory access")])
+def test_a_fault_of_the_device_is_found_out(rig: Rig, fault: Exception | None) -> None:
+    rig.cuda.fault = fault
+    assert rig.pair.is_usable() == (fault is None)
+    rig.cuda.fault = None
+
+
+# How busy the lanes are
+
+
+def test_a_prefill_was_busy_from_when_it_could_begin(rig: Rig) -> None:
+    earlier = rig.pair.launch(lambda: None, 100)
+    earlier.wait_until_queued()
+    launched = rig.pair.launch(lambda: rig.cuda.work("prefill"), 116)
+    launched.result()
+    _, earlier_end, begin, end = [event for event in rig.cuda.events if event.has_time]
+    begin.at_ms, end.at_ms, begin.reached = 10.0, 47.5, True
+    assert launched.busy_ms() == 37.5
+    # The time that it waited for the one before does not count.
+    assert earlier_end.operation in rig.cuda.before(begin.operation)
+    assert begin.operation < rig.cuda.operations.index("prefill") < end.operation
+
+
+def test_decode_steps_count_when_they_have_run_and_once(rig: Rig) -> None:
+    for sms, begin_ms, end_ms in ((16, 5.0, 12.0), (32, 20.0, 26.0), (16, 30.0, 39.0)):
+        with rig.pair.decoding(sms):
+            rig.cuda.work("decode")
+        begin, end = [event for event in rig.cuda.events if event.has_time][-2:]
+        begin.at_ms, end.at_ms = begin_ms, end_ms
+    timed = [event for event in rig.cuda.events if event.has_time]
+    assert rig.pair.decode_busy_ms() == 0
+    for event in timed[:4]:
+        event.reached = True
+    assert rig.pair.decode_busy_ms() == 7 + 6
+    assert rig.pair.decode_busy_ms() == 0
+    for event in timed:
+        event.reached = True
+    assert rig.pair.decode_busy_ms() == 9
+
+
+# Slices
+
+
+@pytest.mark.parametrize("slices", [True, False])
+def test_slices_are_launched_between_decode_steps(rig: Rig, slices: bool) -> None:
+    pair = CudaLanePair({}, DEVICE, slices)
+    pair._prefill_streams = dict(rig.pair._prefill_streams)
+    first_layer, may_go_on, second_layer = (threading.Event() for _ in range(3))
+
+    def prefill() -> None:
+        rig.cuda.work("first layer")
+        first_layer.set()
+        assert may_go_on.wait(60)
+        pair.give_way()
+        rig.cuda.work("second layer")
+        second_layer.set()
+
+    launched = pair.launch(prefill, 116)
+    assert first_layer.wait(60)
+    with pair.exclusive():
+        may_go_on.set()
+        # Without slices the prefill goes on while a decode step is launched.
+        assert second_layer.wait(0.2 if slices else 60) != slices
+        rig.cuda.work("decode")
+    launched.wait_until_queued()
+    decode, layer = map(rig.cuda.operations.index, ("decode", "second layer"))
+    assert (decode < layer) == slices
+    pair.shutdown()
+
+
 # The splits
 
 

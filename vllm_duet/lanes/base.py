@@ -8,7 +8,8 @@ any moment until the join, so nothing it reads or writes may change in between.
 Where the callable runs on a thread of its own, it queues the forward beside the
 decode steps that the caller queues. It takes ``exclusive`` for what it shares with
 them; the forward context is one global that it needs from beginning to end, so
-whoever else needs it calls ``InFlight.wait_until_queued`` first.
+whoever else needs it calls ``InFlight.wait_until_queued`` first. Between its layers it
+calls ``LanePair.give_way``.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ class InFlight(ABC, Generic[T]):
         callable raised.
         """
 
+    @abstractmethod
+    def busy_ms(self) -> float:
+        """For how many milliseconds the lane was busy with it.
+
+        Asked once the device is done with it; may be asked on any thread.
+        """
+
 
 class LanePair(ABC):
     """A decode lane and a prefill lane over the same weights and KV cache."""
@@ -74,6 +82,20 @@ class LanePair(ABC):
     @abstractmethod
     def decoding(self, decode_sms: int) -> AbstractContextManager[None]:
         """Run what the block queues on the decode lane of ``decode_sms`` SMs."""
+
+    @abstractmethod
+    def decode_busy_ms(self) -> float:
+        """For how many milliseconds decode lanes were busy since this was last asked.
+
+        What the device has not finished counts the next time.
+        """
+
+    def give_way(self) -> None:
+        """Called by a prefill's callable between two layers, to let decode steps go first."""
+
+    def is_usable(self) -> bool:
+        """Whether the device goes on working, after a prefill has failed; waits for it."""
+        return True
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Guard host state that both lanes use, while the block runs.

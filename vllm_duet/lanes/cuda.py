@@ -16,16 +16,19 @@ was made in ``preparing``, so it is referenced until the result has been taken; 
 prepared after that comes after the prefill on the device, by way of the caller's stream.
 What the prefill makes, it makes on its own stream, where the next one follows it. Its
 result is the caller's to keep until it has been read.
+
+How busy a lane was, events on its stream tell, before and after what it was given.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import cuda
@@ -46,10 +49,13 @@ class LaneError(RuntimeError):
 class CudaLanePair(LanePair):
     """Lanes for each of ``splits``, by the SM count of the decode lane, on ``device``.
 
-    Owns the splits. ``decode_streams`` are for capturing CUDA graphs.
+    Owns the splits. ``decode_streams`` are for capturing CUDA graphs. With ``slices`` a
+    prefill is launched in slices, between two launches of decode steps.
     """
 
-    def __init__(self, splits: Mapping[int, SmSplit], device: torch.device) -> None:
+    def __init__(
+        self, splits: Mapping[int, SmSplit], device: torch.device, slices: bool = False
+    ) -> None:
         self._splits = list(splits.values())
         self._device = device
         self.decode_streams = {
@@ -59,6 +65,8 @@ class CudaLanePair(LanePair):
         self._prepare_stream = cuda.Stream(device)
         self._lock = threading.RLock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="duet-prefill")
+        self._slices = slices
+        self._decoded: deque[_Span] = deque()
         self._forked: Any = None
         self._prepared: Any = None  # the last time; decode steps wait for it
         self._ready: Any = None  # until the launch that it was for
@@ -70,7 +78,9 @@ class CudaLanePair(LanePair):
         return set(self._prefill_streams)
 
     @classmethod
-    def create(cls, decode_sms: Sequence[int], device: torch.device) -> CudaLanePair:
+    def create(
+        cls, decode_sms: Sequence[int], device: torch.device, slices: bool = False
+    ) -> CudaLanePair:
         """Split the SMs of ``device`` in every way of ``decode_sms``.
 
         Raises:
@@ -81,7 +91,7 @@ class CudaLanePair(LanePair):
             splits = {}
             for sms in decode_sms:
                 splits[sms] = undo.enter_context(SmSplit.create(sms, index))
-            pair = cls(splits, device)
+            pair = cls(splits, device, slices)
             undo.pop_all()
         return pair
 
@@ -93,11 +103,22 @@ class CudaLanePair(LanePair):
         lane.wait_stream(caller)
         if self._prepared is not None:
             lane.wait_event(self._prepared)
+        began = _timed_event(lane)
         try:
             with cuda.stream(lane):
                 yield
+        except Exception as error:
+            error.add_note(f"In the decode lane of {decode_sms} SMs.")
+            raise
         finally:
+            self._decoded.append(_Span(began, _timed_event(lane)))
             caller.wait_stream(lane)
+
+    def decode_busy_ms(self) -> float:
+        busy_ms = 0.0
+        while self._decoded and self._decoded[0].end.query():
+            busy_ms += self._decoded.popleft().ms()
+        return busy_ms
 
     def fork(self) -> None:
         self._forked = cuda.current_stream(self._device).record_event()
@@ -131,19 +152,35 @@ class CudaLanePair(LanePair):
         lane.wait_event(ready)
         if self._last_prefill is not None:
             lane.wait_event(self._last_prefill)
-        started: Future[T] = Future()
+        outcome: Future[T] = Future()
+        began = _timed_event(lane)
         try:
             with cuda.stream(lane):
-                started.set_result(prefill())
+                outcome.set_result(prefill())
         except Exception as error:
             error.add_note(f"In the prefill lane of {prefill_sms} SMs.")
-            started.set_exception(error)
+            outcome.set_exception(error)
         # What was queued before a failure runs all the same.
-        self._last_prefill = lane.record_event()
-        return _Queued(started, self._last_prefill)
+        self._last_prefill = _timed_event(lane)
+        return _Queued(outcome, _Span(began, self._last_prefill))
+
+    def give_way(self) -> None:
+        if self._slices:
+            # Decode steps hold it while they are launched: this thread would compete with
+            # them for the interpreter.
+            with self._lock:
+                pass
+
+    def is_usable(self) -> bool:
+        try:
+            cuda.synchronize(self._device)
+        except Exception:
+            return False  # a fault of a kernel; CUDA reports it from now on
+        return True
 
     def exclusive(self) -> AbstractContextManager[object]:
-        # Never held while a callable runs: it takes it itself, for what it shares.
+        # Never held while a callable runs: it takes it itself, for what it shares. What
+        # waits for it in give_way relies on that, too.
         return self._lock
 
     def shutdown(self) -> None:
@@ -157,12 +194,26 @@ class CudaLanePair(LanePair):
                 release.callback(split.release)
 
 
+def _timed_event(stream: Any) -> Any:
+    return stream.record_event(cuda.Event(enable_timing=True))
+
+
+class _Span(NamedTuple):
+    """Two events on one stream."""
+
+    begin: Any
+    end: Any
+
+    def ms(self) -> float:
+        return float(self.begin.elapsed_time(self.end))
+
+
 @dataclass(frozen=True, slots=True)
 class _Queued(Generic[T]):
-    """What the callable returned or raised, and the event of its end on the device."""
+    """What the callable returned or raised, and when the device was busy with it."""
 
     outcome: Future[T]
-    end: Any
+    busy: _Span
 
 
 class _Launched(InFlight[T]):
@@ -176,7 +227,7 @@ class _Launched(InFlight[T]):
     def done(self) -> bool:
         # An exception here is that of a device that is gone: for result() to raise.
         return self._started.done() and (
-            self._started.exception() is not None or bool(self._started.result().end.query())
+            self._started.exception() is not None or bool(self._started.result().busy.end.query())
         )
 
     def wait_until_queued(self) -> None:
@@ -184,6 +235,11 @@ class _Launched(InFlight[T]):
 
     def result(self) -> T:
         queued = self._started.result()
-        cuda.current_stream(self._device).wait_event(queued.end)
+        cuda.current_stream(self._device).wait_event(queued.busy.end)
         self._prefill = None
         return queued.outcome.result()
+
+    def busy_ms(self) -> float:
+        busy = self._started.result().busy
+        busy.end.synchronize()  # its sampled tokens are there, what comes after may not be
+        return busy.ms()

@@ -7,7 +7,8 @@ input buffer given away too soon, so the moment is a setting:
 
 * ``early``: at the launch;
 * ``late``: at the join, after every decode step beside it;
-* ``threaded``: on a second thread, between any two decode steps.
+* ``threaded``: on a second thread, between any two decode steps;
+* ``interleaved``: a layer at a time, one between any two decode steps.
 
 However soon it has run, the result counts as done only after ``hold_steps``
 decode steps, so that steps beside a prefill in flight always occur.
@@ -16,15 +17,16 @@ decode steps, so that steps beside a prefill in flight always occur.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, TypeVar
 
 from vllm_duet.lanes.base import InFlight, LanePair
 
 T = TypeVar("T")
-Timing = Literal["early", "late", "threaded"]
+Timing = Literal["early", "late", "threaded", "interleaved"]
 
 
 class SerialLanePair(LanePair):
@@ -40,42 +42,55 @@ class SerialLanePair(LanePair):
         self._lock = threading.RLock()
         self._thread = (
             ThreadPoolExecutor(1, thread_name_prefix="duet-prefill")
-            if timing == "threaded"
+            if timing in ("threaded", "interleaved")
             else None
         )
+        self._interleaved: list[_Interleaved[Any]] = []
+        self._decode_busy_ms = 0.0
 
     def launch(self, prefill: Callable[[], T], prefill_sms: int) -> InFlight[T]:
-        if self.timing == "late":
-            return _Late(prefill, self.hold_steps)
-        if self._thread is not None:
-            return _Started(self._thread.submit(self._run_exclusively, prefill), self.hold_steps)
-        started: Future[T] = Future()
+        if self._thread is None:
+            return (_Late if self.timing == "late" else _Early)(prefill, self.hold_steps)
+        if self.timing == "threaded":
+            return _Threaded(prefill, self.hold_steps, self._thread, self._lock)
+        launched = _Interleaved(prefill, self.hold_steps, self._thread)
+        self._interleaved = [p for p in self._interleaved if not p.has_ended] + [launched]
+        return launched
+
+    def give_way(self) -> None:
+        running = next((p for p in self._interleaved if not p.has_ended), None)
+        if running is not None:
+            running.pause()
+
+    @contextmanager
+    def decoding(self, decode_sms: int) -> Iterator[None]:
+        began = time.perf_counter()
         try:
-            started.set_result(prefill())
-        except Exception as error:
-            started.set_exception(error)
-        return _Started(started, self.hold_steps)
+            yield
+        finally:
+            self._decode_busy_ms += 1e3 * (time.perf_counter() - began)
 
-    def _run_exclusively(self, prefill: Callable[[], T]) -> T:
-        # The forward context is one global, and without CUDA graphs the decode
-        # lane needs it too: whole steps take turns.
-        with self._lock:
-            return prefill()
-
-    def decoding(self, decode_sms: int) -> AbstractContextManager[None]:
-        return nullcontext()
+    def decode_busy_ms(self) -> float:
+        busy_ms, self._decode_busy_ms = self._decode_busy_ms, 0.0
+        return busy_ms
 
     def exclusive(self) -> AbstractContextManager[object]:
         return self._lock
 
     def shutdown(self) -> None:
+        for prefill in self._interleaved:
+            prefill.run_to_the_end()
         if self._thread is not None:
             self._thread.shutdown(wait=True)
 
 
 class _Held(InFlight[T]):
-    def __init__(self, hold_steps: int) -> None:
+    """Counts the decode steps that it is held back for, and the time that it runs."""
+
+    def __init__(self, prefill: Callable[[], T], hold_steps: int) -> None:
+        self._prefill = prefill
         self._held_for = hold_steps
+        self._busy_ms = 0.0
 
     def done(self) -> bool:
         self._held_for -= 1
@@ -84,23 +99,102 @@ class _Held(InFlight[T]):
     def _has_run(self) -> bool:
         return True
 
+    def _run(self) -> T:
+        began = time.perf_counter()
+        try:
+            return self._prefill()
+        finally:
+            self._busy_ms += 1e3 * (time.perf_counter() - began)
+
+    def busy_ms(self) -> float:
+        return self._busy_ms
+
 
 class _Late(_Held[T]):
+    def result(self) -> T:
+        return self._run()
+
+
+class _Early(_Held[T]):
     def __init__(self, prefill: Callable[[], T], hold_steps: int) -> None:
-        super().__init__(hold_steps)
-        self._prefill = prefill
+        super().__init__(prefill, hold_steps)
+        self._outcome: Future[T] = Future()
+        try:
+            self._outcome.set_result(self._run())
+        except Exception as error:
+            self._outcome.set_exception(error)
 
     def result(self) -> T:
-        return self._prefill()
+        return self._outcome.result()
 
 
-class _Started(_Held[T]):
-    def __init__(self, future: Future[T], hold_steps: int) -> None:
-        super().__init__(hold_steps)
-        self._future = future
+class _Threaded(_Held[T]):
+    def __init__(
+        self,
+        prefill: Callable[[], T],
+        hold_steps: int,
+        thread: ThreadPoolExecutor,
+        lock: AbstractContextManager[object],
+    ) -> None:
+        super().__init__(prefill, hold_steps)
+        self._lock = lock
+        self._outcome = thread.submit(self._run_exclusively)
+
+    def _run_exclusively(self) -> T:
+        # The forward context is one global, and without CUDA graphs the decode
+        # lane needs it too: whole steps take turns.
+        with self._lock:
+            return self._run()
 
     def _has_run(self) -> bool:
-        return self._future.done()
+        return self._outcome.done()
 
     def result(self) -> T:
-        return self._future.result()
+        return self._outcome.result()
+
+
+class _Interleaved(_Held[T]):
+    """On a thread that runs only while the caller waits for it: until the next layer.
+
+    Decode steps then find every global as the middle of a prefill leaves it.
+    """
+
+    def __init__(
+        self, prefill: Callable[[], T], hold_steps: int, thread: ThreadPoolExecutor
+    ) -> None:
+        super().__init__(prefill, hold_steps)
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._pauses, self.has_ended = True, False
+        self._outcome = thread.submit(self._run_in_turn)
+
+    def _run_in_turn(self) -> T:
+        self._go.acquire()
+        try:
+            return self._run()
+        finally:
+            self.has_ended = True
+            self._paused.release()
+
+    def pause(self) -> None:
+        if self._pauses:
+            began = time.perf_counter()
+            self._paused.release()
+            self._go.acquire()
+            self._busy_ms -= 1e3 * (time.perf_counter() - began)
+
+    def done(self) -> bool:
+        if not self.has_ended:
+            self._go.release()
+            self._paused.acquire()
+        return super().done()
+
+    def _has_run(self) -> bool:
+        return self.has_ended
+
+    def run_to_the_end(self) -> None:
+        self._pauses = False
+        self._go.release()
+
+    def result(self) -> T:
+        self.run_to_the_end()
+        return self._outcome.result()

@@ -148,7 +148,8 @@ class Simulation:
     ) -> Outcome:
         engine = self.engine()
         records = engine.run(trace, on_finished)
-        steps = getattr(engine.scheduler, "num_steps", {})
+        totals = getattr(engine.scheduler, "totals", None)
+        steps = totals.steps if totals else {}
         return Outcome(
             records,
             engine.gpu.intervals,
