@@ -233,6 +233,9 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         self.prefill_copy_stream = torch.cuda.Stream(device)
         self.lane_graphs: dict[int, LaneGraphs] = {}
         """By the SM count of the decode lane; empty until captured."""
+        self.prefill_activation_bytes = 0
+        """What the largest batch takes beside weights and KV cache; 0 until profiled.
+        A lane's is its own: torch's allocator keeps freed memory for the stream it was on."""
 
     @property
     def main_stream(self) -> torch.cuda.Stream:
@@ -268,6 +271,8 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
             # vLLM locks the workspaces once graphs are captured.
             with use_workspace_lane(PREFILL_WORKSPACE_LANE):
                 super().profile_run(*args, **kwargs)
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self.prefill_activation_bytes = peak - torch.cuda.memory_allocated(self.device)
 
     def profile_cudagraph_memory(self) -> int:
         estimate: int = super().profile_cudagraph_memory()

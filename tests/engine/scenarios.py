@@ -12,6 +12,7 @@ import pytest
 from engine.harness import Answer, Arrival, Engine
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from vllm_duet.lanes import LanePair
 from vllm_duet.lanes.serial import SerialLanePair, Timing
 from vllm_duet.scheduler import DuetScheduler
 
@@ -79,8 +80,18 @@ def serve(
     **duet: Any,
 ) -> dict[str, Answer]:
     """The answers of a DuetScheduler with the options ``duet``."""
+    return serve_on(WatchedLanes(timing, hold_steps), engine, arrivals, scheduler_cls, **duet)
+
+
+def serve_on(
+    lanes: LanePair,
+    engine: Engine,
+    arrivals: Sequence[Arrival],
+    scheduler_cls: type = CountingScheduler,
+    **duet: Any,
+) -> dict[str, Answer]:
     engine.runner.lanes.shutdown()
-    engine.runner.lanes = WatchedLanes(timing, hold_steps)
+    engine.runner.lanes = lanes
     engine.vllm_config.additional_config = {"duet": duet}
     checked = assert_blocks_kept if scheduler_cls is CountingScheduler else None
     return engine.run(arrivals, scheduler_cls, checked)

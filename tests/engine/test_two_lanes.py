@@ -11,12 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_duet import model_runner
 from vllm_duet.lane_graphs import MAX_SIZES, LaneGraphs, lane_sizes
 from vllm_duet.model_runner import DuetModelRunner
 from vllm_duet.support import most_decodes_beside
+from vllm_duet.worker import DuetWorker
 
 VLLM_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 
@@ -130,6 +134,46 @@ def test_a_profile_of_another_gpu_stops_the_start(monkeypatch, num_sms: int) -> 
     with pytest.raises(ValueError, match="profile says 132 SMs, and the GPU has others"):
         model_runner.make_lanes(config, device)
     assert made[0].is_shut_down
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("streams", [{}, {16: "its stream"}])
+def test_the_activations_of_a_second_lane_are_profiled(monkeypatch, streams) -> None:
+    runs: list[int] = []
+    monkeypatch.setattr(
+        GPUModelRunner,
+        "profile_run",
+        lambda self, **_: runs.append(workspace._workspace_lane.get()),
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 19 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 16 * GIB)
+    monkeypatch.setattr(DuetModelRunner, "decode_streams", streams)
+    runner = DuetModelRunner.__new__(DuetModelRunner)
+    runner.device, runner.prefill_activation_bytes = "cuda:0", 0
+    runner.profile_run(randomize_inputs=True)
+    assert runs == ([0, 1] if streams else [0])
+    assert runner.prefill_activation_bytes == (3 * GIB if streams else 0)
+
+
+@pytest.mark.parametrize(
+    ("needed", "users_own", "left"),
+    [(0, None, 50), (3, None, 47), (3, 50 * GIB, 50)],
+)
+def test_the_second_lane_is_counted_before_the_cache_is_sized(
+    monkeypatch, needed: int, users_own: int | None, left: int
+) -> None:
+    def stock(self) -> int:
+        self.available_kv_cache_memory_bytes = 50 * GIB
+        return 50 * GIB
+
+    monkeypatch.setattr(Worker, "determine_available_memory", stock)
+    worker = DuetWorker.__new__(DuetWorker)
+    worker.model_runner = SimpleNamespace(prefill_activation_bytes=needed * GIB)
+    worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=users_own)
+    assert worker.determine_available_memory() == left * GIB
+    assert worker.available_kv_cache_memory_bytes == left * GIB
 
 
 def gpu_config(**changes):
