@@ -23,6 +23,19 @@ import serve_ab  # noqa: E402
 
 from vllm_duet.sim.traces import TraceRequest  # noqa: E402
 
+COUNTERS = """\
+# TYPE vllm_duet:steps counter
+vllm_duet:steps_total{mode="split",engine="0"} 7
+# TYPE vllm_duet:split_seconds counter
+vllm_duet:split_seconds_total{engine="0"} 2.5
+# TYPE vllm_duet:lane_busy_seconds counter
+vllm_duet:lane_busy_seconds_total{lane="decode",engine="0"} 2
+# TYPE vllm_duet:split_possible gauge
+vllm_duet:split_possible{engine="0"} 1
+# TYPE vllm:request_success counter
+vllm:request_success_total{engine="0"} 9
+"""
+
 
 @asynccontextmanager
 async def server(behaviour: str) -> AsyncIterator[str]:
@@ -32,7 +45,7 @@ async def server(behaviour: str) -> AsyncIterator[str]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         if head.startswith("GET"):
-            text = b'# TYPE vllm_duet:steps counter\nvllm_duet:steps_total{mode="split"} 7\n'
+            text = COUNTERS.encode()
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
         else:
             length = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
@@ -63,8 +76,9 @@ def ask(behaviour: str, seconds: float = 60.0) -> list[serve_ab.Answer]:
     async def run() -> list[serve_ab.Answer]:
         requests = [TraceRequest(10.0 * n, 5 + n, 4 + n) for n in range(3)]
         async with server(behaviour) as url:
-            answers, steps = await serve_ab.run(url, requests, 100, seconds, "test")
-        assert steps == {"split": 0.0}  # what this run added
+            answers, counted = await serve_ab.run(url, requests, 100, seconds, "test")
+        # What this run added.
+        assert counted == {"steps split": 0, "split_seconds": 0, "lane_busy_seconds decode": 0}
         return answers
 
     return asyncio.run(run())
@@ -103,6 +117,24 @@ def test_a_connection_that_breaks_is_counted() -> None:
     }
 
 
+def test_what_the_lanes_did_is_told_by_their_counters() -> None:
+    did = serve_ab.what_duet_did(
+        {
+            "steps split": 30.0,
+            "steps capped": 2.0,
+            "split_seconds": 4.0,
+            "lane_busy_seconds decode": 3.0,
+            "lane_busy_seconds prefill": 3.6,
+            "prefills_failed": 1.0,
+        }
+    )
+    assert did["steps_by_mode"] == {"split": 30, "capped": 2} and did["split_s"] == 4
+    assert did["lane_utilization"] == {"decode": 0.75, "prefill": 0.9}
+    assert did["prefills_failed"] == 1
+    stock = serve_ab.what_duet_did({})
+    assert not stock["steps_by_mode"] and not stock["lane_utilization"]
+
+
 def test_figures_are_those_of_the_gaps() -> None:
     request = TraceRequest(1000.0, 5, 4)
     leg = [serve_ab.Answer(request, 1.0, [1.5, 1.6, 1.8, 2.0], "finished")]
@@ -131,6 +163,7 @@ def test_a_dry_run_says_what_it_would_do(script: str, tmp_path: Path) -> None:
         (["--rates", "0"], "numbers above 0"),
         (["--rates", "1", "--order", "stock,mine"], "not mine"),
         (["--rates", "1", "--synthetic", "many"], "many"),
+        (["--rates", "1", "--duet-config", "[1]"], "takes a JSON object"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_a_sentence(arguments: list[str], said: str) -> None:
@@ -164,10 +197,10 @@ def test_a_checkout_that_is_not_installed_brings_its_entry_point(
 def verdict(control: list[list[int]], runs: list[list[list[int]] | None], split: int) -> int:
     stock = [[1, 2, 3], [4, 5]]
     rows = [
-        {"seed": n, "error": "it\nfailed"}
+        {"error": "it\nfailed"}
         if found is None
-        else {"seed": n, **exactness.compare(stock, found), "steps_by_mode": {"split": split}}
-        for n, found in enumerate(runs)
+        else {**exactness.compare(stock, found), "steps_by_mode": {"split": split}}
+        for found in runs
     ]
     return exactness.report({"control": exactness.compare(stock, control), "runs": rows}, 2)
 

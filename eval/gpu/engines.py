@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -49,6 +50,18 @@ def environment(**extra: str) -> Iterator[dict[str, str]]:
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         cpu = {} if ON_GPU else ENVIRONMENT
         yield {"PYTHONPATH": os.pathsep.join(paths), **cpu, **extra}
+
+
+def duet_section(more: str) -> dict[str, Any]:
+    """Options of vllm-duet, of which ``more`` is JSON: with the lanes of a GPU switched on.
+
+    Raises:
+        ValueError: it is not JSON, or no object.
+    """
+    options = json.loads(more)
+    if not isinstance(options, dict):
+        raise ValueError(f"--duet-config takes a JSON object, not {more}")
+    return {"cuda_lanes": True, **options}
 
 
 def engine_options() -> tuple[str, ...]:

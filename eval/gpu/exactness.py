@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether tokens under random plans are stock vLLM's, on this machine and model.
 
-    python eval/gpu/exactness.py --seeds 20
+    python eval/gpu/exactness.py --rounds 20
     python eval/gpu/exactness.py --race-hunt 300
 
 Greedy and seeded requests of mixed lengths, some with a common prefix, go to stock vLLM
-and then to DuetScheduler with a random plan at every step (``mode=random``), each engine in
-a process of its own. A step under a plan has another batch than stock's, so tokens can be
-equal only where a token does not depend on who shares its batch. Batch-invariant kernels
-give that (the default on a GPU, VLLM_BATCH_INVARIANT=1), and mostly float32 does
-(``--dtype float32 --no-batch-invariant``). Stock with another token budget is the control:
-where it differs from stock, the settings decide nothing.
+and then, in rounds, to DuetScheduler with a random plan at every step (``mode=random``),
+each engine in a process of its own. A step under a plan has another batch than stock's, so
+tokens can be equal only where a token does not depend on who shares its batch.
+Batch-invariant kernels give that (the default on a GPU, VLLM_BATCH_INVARIANT=1), and mostly
+float32 does (``--dtype float32 --no-batch-invariant``). Stock with another token budget is
+the control: where it differs from stock, the settings decide nothing.
 
 ``--race-hunt`` repeats the comparison with VLLM_DUET_CHECK=1, which verifies and poisons the
 prefill lane's buffers, until its time is over.
@@ -27,14 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import engines
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 EQUAL, DIFFERENT, UNDECIDED = 0, 1, 3
@@ -50,7 +50,10 @@ def main(
         Path, typer.Option(exists=True, help="A folder with config.json, or a whole model.")
     ] = engines.ROOT / "eval" / "models" / "qwen3-8b",
     load_format: Annotated[str, typer.Option(help="dummy: random weights.")] = "dummy",
-    seeds: Annotated[int, typer.Option(min=1, help="Random plans to compare with stock.")] = 10,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often to compare with stock, under other plans.")
+    ] = 10,
+    seed: Annotated[int, typer.Option(help="Of the random plans.")] = 0,
     requests: Annotated[int, typer.Option(min=2)] = 32,
     dtype: str = "auto",
     batch_invariant: Annotated[
@@ -60,9 +63,7 @@ def main(
         float, typer.Option(metavar="SECONDS", help="Repeat, checked, until this is over.")
     ] = 0.0,
     scale: Annotated[float, typer.Option(help="Of prompt lengths; small for a CPU.")] = 1.0,
-    duet_config: Annotated[
-        str, typer.Option(help="More options of vllm-duet, as JSON.")
-    ] = '{"cuda_lanes": true}',
+    duet_config: Annotated[str, typer.Option(help="More options of vllm-duet, as JSON.")] = "{}",
     out: Annotated[Path, typer.Option(dir_okay=False)] = engines.RESULTS / "exactness.json",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> None:
@@ -86,7 +87,7 @@ def main(
         engine |= {"enforce_eager": True, "block_size": 32, "distributed_executor_backend": "uni"}
     typer.echo(
         f"{requests} requests, {tokens:,} prompt tokens; stock twice, then"
-        + (f" plans for {race_hunt:g} s" if race_hunt else f" {seeds} random plans")
+        + (f" rounds for {race_hunt:g} s" if race_hunt else f" {rounds} rounds of random plans")
     )
     if dry_run:
         typer.echo(f"engine: {json.dumps(engine)}")
@@ -94,32 +95,36 @@ def main(
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if batch_invariant:
         variables["VLLM_BATCH_INVARIANT"] = "1"
-    duet = json.loads(duet_config)
+    try:
+        duet = engines.duet_section(duet_config) | {"mode": "random", "seed": seed}
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     with engines.environment(**variables) as environment:
         try:
-            stock = serve(engine, work, environment)
+            [stock] = serve(engine, work, environment, "stock vLLM")
             other = engine | {"max_num_batched_tokens": max(requests, budget * 5 // 8)}
-            control = serve(other, work, environment)
+            [control] = serve(other, work, environment, "stock vLLM, another token budget")
         except RuntimeError as error:
             typer.echo(f"Stock vLLM failed:\n{error}", err=True)
             raise typer.Exit(DIFFERENT) from None
+        if race_hunt:
+            environment["VLLM_DUET_CHECK"] = "1"
         rows: list[dict[str, Any]] = []
-        for seed in plans(seeds, race_hunt):
-            if race_hunt:
-                environment["VLLM_DUET_CHECK"] = "1"
-            options = {"duet": {**duet, "mode": "random", "seed": seed}}
-            try:
-                found = serve(engine, work, environment, options)
-            except RuntimeError as error:
-                rows.append({"seed": seed, "error": str(error)})
-            else:
-                rows.append(
-                    {
-                        "seed": seed,
-                        **compare(stock["tokens"], found["tokens"]),
-                        "steps_by_mode": found["steps_by_mode"],
-                    }
-                )
+        answers = serve(
+            engine,
+            work,
+            environment,
+            "random plans",
+            {"duet": duet},
+            1 if race_hunt else rounds,
+            race_hunt,
+        )
+        try:
+            for found in answers:
+                row = compare(stock["tokens"], found["tokens"])
+                rows.append({**row, "steps_by_mode": found["steps_by_mode"]})
+        except RuntimeError as error:
+            rows.append({"error": str(error)})
     result = {
         "provenance": engines.provenance(),
         "engine": engine,
@@ -131,17 +136,6 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     raise typer.Exit(report(result, requests))
-
-
-def plans(seeds: int, race_hunt_s: float) -> Any:
-    """The seeds, in order; with a hunt, as many as its time allows, and at least one."""
-    if not race_hunt_s:
-        yield from track(range(seeds), description="random plans", console=console)
-        return
-    end_s, seed = time.monotonic() + race_hunt_s, 0
-    while seed == 0 or time.monotonic() < end_s:
-        yield seed
-        seed += 1
 
 
 def make_requests(
@@ -174,34 +168,47 @@ def serve(
     engine: dict[str, Any],
     work: Sequence[tuple[list[int], dict[str, Any]]],
     environment: dict[str, str],
+    title: str,
     additional_config: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """``tokens`` of each request and ``steps_by_mode`` of a new engine in a new process.
+    rounds: int = 1,
+    seconds: float = 0.0,
+) -> Iterator[dict[str, Any]]:
+    """``tokens`` of each request and ``steps_by_mode``, of every round of a new engine.
 
-    With ``additional_config`` the scheduler is DuetScheduler.
+    As many as ``rounds``, and more while they begin within ``seconds``. The engine runs in a
+    process of its own. With ``additional_config`` the scheduler is DuetScheduler.
 
     Raises:
-        RuntimeError: it failed; the end of what it said.
+        RuntimeError: it failed, after the rounds that there were; the end of what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
-        task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
+        task, answers, said = (Path(folder, name) for name in ("task", "answers", "said"))
         task.write_text(
-            json.dumps({"engine": engine, "work": work, "additional_config": additional_config})
+            json.dumps(
+                {
+                    "engine": engine,
+                    "work": work,
+                    "additional_config": additional_config,
+                    "rounds": rounds,
+                    "seconds": seconds,
+                }
+            )
         )
-        ended = subprocess.run(
-            [sys.executable, __file__, "--child", str(task), str(answer)],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-        )
-        if ended.returncode or not answer.exists():
-            raise RuntimeError("\n".join((ended.stdout + ended.stderr).splitlines()[-15:]))
-        result: dict[str, Any] = json.loads(answer.read_text())
-        return result
+        with console.status(title), said.open("w") as log:
+            ended = subprocess.run(
+                [sys.executable, __file__, "--child", str(task), str(answers)],
+                env=os.environ | environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        if answers.exists():
+            yield from map(json.loads, answers.read_text().splitlines())
+        if ended.returncode:
+            raise RuntimeError("\n".join(said.read_text().splitlines()[-15:]))
 
 
-def child(task_file: str, answer_file: str) -> None:
-    """In a process of its own: serve all requests at once."""
+def child(task_file: str, answers_file: str) -> None:
+    """In a process of its own: serve all requests at once, round after round."""
     from vllm import LLM, SamplingParams
 
     task = json.loads(Path(task_file).read_text())
@@ -210,19 +217,26 @@ def child(task_file: str, answer_file: str) -> None:
         options["scheduler_cls"] = "vllm_duet.DuetScheduler"
         options["additional_config"] = task["additional_config"]
     llm = LLM(**options)
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt, _ in task["work"]],
-        [SamplingParams(detokenize=False, **sampling) for _, sampling in task["work"]],
-        use_tqdm=False,
-    )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    totals = getattr(scheduler, "totals", None)
-    steps = totals.steps if totals else {}
-    answer = {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "steps_by_mode": {str(mode): count for mode, count in steps.items()},
-    }
-    Path(answer_file).write_text(json.dumps(answer))
+    before: Counter[str] = Counter()
+    end_s, rounds = time.monotonic() + task["seconds"], 0
+    with Path(answers_file).open("w") as answers:
+        while rounds < task["rounds"] or time.monotonic() < end_s:
+            outputs = llm.generate(
+                [{"prompt_token_ids": prompt} for prompt, _ in task["work"]],
+                [SamplingParams(detokenize=False, **sampling) for _, sampling in task["work"]],
+                use_tqdm=False,
+            )
+            totals = getattr(scheduler, "totals", None)
+            steps = Counter({str(m): n for m, n in totals.steps.items()} if totals else {})
+            answer = {
+                "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+                "steps_by_mode": steps - before,
+            }
+            before, rounds = steps, rounds + 1
+            print(json.dumps(answer), file=answers, flush=True)
+            # The next round has to compute every prompt again.
+            assert llm.reset_prefix_cache()
 
 
 def compare(expected: Sequence[list[int]], found: Sequence[list[int]]) -> dict[str, Any]:
@@ -237,9 +251,10 @@ def compare(expected: Sequence[list[int]], found: Sequence[list[int]]) -> dict[s
 
 def report(result: dict[str, Any], requests: int) -> int:
     """Print the table, and return the exit code."""
-    table = Table("plan", "equal", "first difference", "steps by mode")
+    table = Table("round", "equal", "first difference", "steps by mode")
     control, runs = result["control"], result["runs"]
-    for name, row in [("stock again", control), *((f"seed {r['seed']}", r) for r in runs)]:
+    rows = [("stock again", control), *((f"round {n}", row) for n, row in enumerate(runs))]
+    for name, row in rows:
         if "error" in row:
             table.add_row(name, "failed", row["error"].splitlines()[-1], "")
             continue
@@ -266,7 +281,7 @@ def report(result: dict[str, Any], requests: int) -> int:
     if any(row["parts_at"] for row in runs):
         typer.echo("Tokens differ from stock vLLM's.")
         return DIFFERENT
-    typer.echo(f"All tokens of {requests} requests are stock vLLM's under {len(runs)} plans.")
+    typer.echo(f"All tokens of {requests} requests are stock vLLM's in {len(runs)} rounds.")
     return EQUAL
 
 

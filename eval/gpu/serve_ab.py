@@ -85,9 +85,7 @@ def main(
     tbt_slo_ms: Annotated[
         float, typer.Option(help="The bound on the time between tokens.")
     ] = 100.0,
-    duet_config: Annotated[
-        str, typer.Option(help="More options of vllm-duet, as JSON.")
-    ] = '{"cuda_lanes": true}',
+    duet_config: Annotated[str, typer.Option(help="More options of vllm-duet, as JSON.")] = "{}",
     server_args: Annotated[str, typer.Option(help="More options for both servers.")] = "",
     budget_s: Annotated[
         float, typer.Option(help="For all of it, servers' starts included.")
@@ -105,7 +103,7 @@ def main(
             mix,
             requests,
             model,
-            {"tbt_slo_ms": tbt_slo_ms, **json.loads(duet_config)},
+            {"tbt_slo_ms": tbt_slo_ms, **engines.duet_section(duet_config)},
             shlex.split(server_args),
             seed,
         )
@@ -208,7 +206,7 @@ def serve(
         for rate in plan.rates:
             share_s = (deadline_s - time.monotonic()) / runs_left
             runs_left -= 1
-            found, steps = asyncio.run(
+            found, counted = asyncio.run(
                 run(
                     server.url,
                     plan.requests[rate],
@@ -224,7 +222,7 @@ def serve(
                     "system": system,
                     "rate": rate,
                     **figures([found], tbt_slo_ms),
-                    "steps_by_mode": steps,
+                    **what_duet_did(counted),
                 }
             )
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +234,7 @@ async def run(
 ) -> tuple[list[Answer], dict[str, float]]:
     """All requests at their times; what is left after ``seconds`` is cut off.
 
-    Returns the answers, and the steps by mode that this run added.
+    Returns the answers, and what this run added to DuetScheduler's counters.
     """
     answers = [Answer(request) for request in requests]
     bodies = [
@@ -265,7 +263,7 @@ async def run(
             for body, answer in zip(bodies[:WARM_UP_REQUESTS], answers, strict=False)
         ]
         await until(end_s, warm_up)
-        before = await steps_by_mode(client)
+        before = await duet_counters(client)
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(title, total=len(answers))
             start_s = time.perf_counter()
@@ -279,8 +277,8 @@ async def run(
             await until(
                 end_s, [one(body, answer) for body, answer in zip(bodies, answers, strict=True)]
             )
-        after = await steps_by_mode(client)
-    return answers, {mode: count - before.get(mode, 0.0) for mode, count in after.items()}
+        after = await duet_counters(client)
+    return answers, {name: total - before.get(name, 0.0) for name, total in after.items()}
 
 
 async def until(end_s: float, work: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -318,15 +316,38 @@ async def ask(
     answer.outcome = "finished" if len(answer.token_s) == body["max_tokens"] else "ended early"
 
 
-async def steps_by_mode(client: httpx.AsyncClient) -> dict[str, float]:
-    """DuetScheduler's counters; stock has none."""
+async def duet_counters(client: httpx.AsyncClient) -> dict[str, float]:
+    """DuetScheduler's counters, as name or "name label"; stock has none."""
     metrics = (await client.get("/metrics")).text
+    found = {}
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            if sample.name.startswith("vllm_duet:") and sample.name.endswith("_total"):
+                name = sample.name.removeprefix("vllm_duet:").removesuffix("_total")
+                label = sample.labels.get("mode") or sample.labels.get("lane")
+                found[f"{name} {label}" if label else name] = sample.value
+    return found
+
+
+def what_duet_did(counted: dict[str, float]) -> dict[str, Any]:
+    """Steps by mode, how busy the lanes were while steps were split, and prefills that failed."""
+    split_s = counted.get("split_seconds", 0.0)
     return {
-        sample.labels["mode"]: sample.value
-        for family in text_string_to_metric_families(metrics)
-        for sample in family.samples
-        if sample.name == "vllm_duet:steps_total"
+        "steps_by_mode": labelled("steps", counted),
+        "split_s": split_s,
+        "lane_utilization": {
+            lane: busy_s / split_s
+            for lane, busy_s in labelled("lane_busy_seconds", counted).items()
+            if split_s
+        },
+        "prefills_failed": int(counted.get("prefills_failed", 0)),
     }
+
+
+def labelled(name: str, counted: dict[str, float]) -> dict[str, float]:
+    """The series called ``name``, by their label."""
+    prefix = f"{name} "
+    return {key.removeprefix(prefix): v for key, v in counted.items() if key.startswith(prefix)}
 
 
 def figures(legs: Sequence[Sequence[Answer]], tbt_slo_ms: float) -> dict[str, Any]:
@@ -371,7 +392,7 @@ def print_table(
 ) -> None:
     """A line for each system and rate, and under it duet over stock."""
     names = ("tokens/s", "TTFT mean", "TTFT p99", "TBT mean", "TBT p99", "TBT max")
-    table = Table("rate", "system", *names, "within", "outcomes", "steps")
+    table = Table("rate", "system", *names, "within", "outcomes", "steps", "lanes busy")
     for rate in dict.fromkeys(rate for _, rate in answers):
         shown: dict[str, list[float]] = {}
         for system in SYSTEMS:
@@ -397,11 +418,16 @@ def print_table(
                 "-" if f["tbt_within_slo"] is None else f"{f['tbt_within_slo']:.2%}",
                 ", ".join(f"{count} {name}" for name, count in f["outcomes"].items()),
                 " ".join(f"{mode}:{count:.0f}" for mode, count in steps.items() if count),
+                "; ".join(
+                    " ".join(f"{lane} {share:.0%}" for lane, share in busy.items())
+                    for leg in legs
+                    if (busy := leg["lane_utilization"])
+                ),
             )
         if len(shown) == 2:
             ratios = np.array(shown["duet"]) / np.array(shown["stock"])
-            table.add_row("", "duet/stock", *(f"{ratio:.2f}" for ratio in ratios), "", "", "")
-    Console(width=150).print(table)
+            table.add_row("", "duet/stock", *(f"{ratio:.2f}" for ratio in ratios), "", "", "", "")
+    Console(width=170).print(table)
 
 
 if __name__ == "__main__":
