@@ -30,6 +30,8 @@ vllm_duet:steps_total{mode="split",engine="0"} 7
 vllm_duet:split_seconds_total{engine="0"} 2.5
 # TYPE vllm_duet:lane_busy_seconds counter
 vllm_duet:lane_busy_seconds_total{lane="decode",engine="0"} 2
+# TYPE vllm_duet:step_time_ratio gauge
+vllm_duet:step_time_ratio{kind="decode_lane",engine="0"} 1.08
 # TYPE vllm_duet:split_possible gauge
 vllm_duet:split_possible{engine="0"} 1
 # TYPE vllm:request_success counter
@@ -76,9 +78,10 @@ def ask(behaviour: str, seconds: float = 60.0) -> list[serve_ab.Answer]:
     async def run() -> list[serve_ab.Answer]:
         requests = [TraceRequest(10.0 * n, 5 + n, 4 + n) for n in range(3)]
         async with server(behaviour) as url:
-            answers, counted = await serve_ab.run(url, requests, 100, seconds, "test")
+            answers, counted, ratios = await serve_ab.run(url, requests, 100, seconds, "test")
         # What this run added.
         assert counted == {"steps split": 0, "split_seconds": 0, "lane_busy_seconds decode": 0}
+        assert ratios == {"decode_lane": 1.08}
         return answers
 
     return asyncio.run(run())

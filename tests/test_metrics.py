@@ -119,6 +119,17 @@ def test_the_time_lanes_were_busy_becomes_seconds():
     assert series("lane_busy_seconds_total", lane="prefill") == pytest.approx(0.6)
 
 
+def test_how_far_forecasts_are_off_is_told_by_kind_of_step():
+    logger = DuetStatLogger(config())
+    counters = DuetCounters()
+    for ratio in (1.25, 1.5):
+        sent = counters.entries(DuetTotals(), True, {"decode_lane": ratio, "aggregated": 0.9})
+        logger.record(crossed(sent), None)
+    assert series("step_time_ratio", kind="decode_lane") == pytest.approx(1.5)
+    assert series("step_time_ratio", kind="aggregated") == pytest.approx(0.9)
+    assert series("step_time_ratio", kind="prefill_lane") is None
+
+
 def test_the_names_are_those_of_the_documentation():
     DuetStatLogger(config())
     text = prometheus_client.generate_latest().decode()

@@ -10,6 +10,7 @@ DuetStatLogger takes them out again before vLLM's own loggers see the stats.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -27,6 +28,7 @@ _JOINED = f"{PREFIX}prefills_joined"
 _FAILED = f"{PREFIX}prefills_failed"
 _SPLIT_US = f"{PREFIX}split_us"
 _LANE_BUSY_US = f"{PREFIX}lane_busy_us"
+_RATIO_PPM = f"{PREFIX}step_time_ratio_ppm"
 _SPLIT_POSSIBLE = f"{PREFIX}split_possible"
 
 
@@ -63,8 +65,16 @@ class DuetCounters:
     def __init__(self) -> None:
         self._sent: dict[str, int] = {}
 
-    def entries(self, totals: DuetTotals, split_possible: bool) -> dict[str, int]:
-        """Entries for ``num_kv_fetch_reqs_by_stage``; must be sent."""
+    def entries(
+        self,
+        totals: DuetTotals,
+        split_possible: bool,
+        step_time_ratios: Mapping[str, float] | None = None,
+    ) -> dict[str, int]:
+        """Entries for ``num_kv_fetch_reqs_by_stage``; must be sent.
+
+        ``step_time_ratios`` are measured over forecast, by kind of step.
+        """
         now = {f"{_STEPS}:{mode}": steps for mode, steps in totals.steps.items()}
         now |= {_LAUNCHED: totals.launched, _JOINED: totals.joined, _FAILED: totals.failed}
         now[_SPLIT_US] = int(1e3 * totals.split_ms)
@@ -73,6 +83,8 @@ class DuetCounters:
         sent, self._sent = self._sent, now
         entries = {key: total - sent.get(key, 0) for key, total in now.items()}
         entries = {key: increment for key, increment in entries.items() if increment}
+        for kind, ratio in (step_time_ratios or {}).items():
+            entries[f"{_RATIO_PPM}:{kind}"] = int(1e6 * ratio)
         return entries | {_SPLIT_POSSIBLE: int(split_possible)}
 
 
@@ -106,6 +118,13 @@ class DuetStatLogger(AggregateStatLoggerBase):
             labels,
             multiprocess_mode="mostrecent",
         )
+        self._ratio = Gauge(
+            f"{PREFIX}step_time_ratio",
+            "Measured over forecast time of a step, as learned; from it forecasts are corrected.",
+            ["kind", *labels],
+            multiprocess_mode="mostrecent",
+        )
+        self._label_values = engines
         # By the key they travel under; made here, so that each starts at 0.
         self._counters = {
             index: {
@@ -140,6 +159,9 @@ class DuetStatLogger(AggregateStatLoggerBase):
             value = entries.pop(key)
             if key == _SPLIT_POSSIBLE:
                 self._split_possible[engine_idx].set(value)
+            elif key.startswith(_RATIO_PPM):
+                kind = key.removeprefix(f"{_RATIO_PPM}:")
+                self._ratio.labels(kind, *self._label_values[engine_idx]).set(1e-6 * value)
             else:
                 in_seconds = key.startswith((_SPLIT_US, _LANE_BUSY_US))
                 counters[key].inc(1e-6 * value if in_seconds else value)

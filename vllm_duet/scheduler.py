@@ -447,8 +447,9 @@ class DuetScheduler(AsyncScheduler):
         # The statistics of a join are those of the step that carried it back.
         stats = None if self._joining else super().make_stats(*args, **kwargs)
         if stats is not None:
+            correction = self._step_times.correction
             stats.num_kv_fetch_reqs_by_stage |= self._counters.entries(
-                self.totals, not self._blockers
+                self.totals, not self._blockers, correction.factors() if correction else None
             )
         return stats
 

@@ -206,7 +206,7 @@ def serve(
         for rate in plan.rates:
             share_s = (deadline_s - time.monotonic()) / runs_left
             runs_left -= 1
-            found, counted = asyncio.run(
+            found, counted, ratios = asyncio.run(
                 run(
                     server.url,
                     plan.requests[rate],
@@ -223,6 +223,7 @@ def serve(
                     "rate": rate,
                     **figures([found], tbt_slo_ms),
                     **what_duet_did(counted),
+                    "step_time_ratios": ratios,
                 }
             )
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -231,10 +232,11 @@ def serve(
 
 async def run(
     url: str, requests: Sequence[TraceRequest], vocabulary: int, seconds: float, title: str
-) -> tuple[list[Answer], dict[str, float]]:
+) -> tuple[list[Answer], dict[str, float], dict[str, float]]:
     """All requests at their times; what is left after ``seconds`` is cut off.
 
-    Returns the answers, and what this run added to DuetScheduler's counters.
+    Returns the answers, what this run added to DuetScheduler's counters, and its
+    ``step_time_ratios`` at the end.
     """
     answers = [Answer(request) for request in requests]
     bodies = [
@@ -277,8 +279,9 @@ async def run(
             await until(
                 end_s, [one(body, answer) for body, answer in zip(bodies, answers, strict=True)]
             )
-        after = await duet_counters(client)
-    return answers, {name: total - before.get(name, 0.0) for name, total in after.items()}
+        after, ratios = await duet_counters(client), await step_time_ratios(client)
+    added = {name: total - before.get(name, 0.0) for name, total in after.items()}
+    return answers, added, ratios
 
 
 async def until(end_s: float, work: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -327,6 +330,17 @@ async def duet_counters(client: httpx.AsyncClient) -> dict[str, float]:
                 label = sample.labels.get("mode") or sample.labels.get("lane")
                 found[f"{name} {label}" if label else name] = sample.value
     return found
+
+
+async def step_time_ratios(client: httpx.AsyncClient) -> dict[str, float]:
+    """Measured over forecast step times by now, as DuetScheduler has learned them."""
+    metrics = (await client.get("/metrics")).text
+    return {
+        sample.labels["kind"]: sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name == "vllm_duet:step_time_ratio"
+    }
 
 
 def what_duet_did(counted: dict[str, float]) -> dict[str, Any]:
@@ -392,7 +406,9 @@ def print_table(
 ) -> None:
     """A line for each system and rate, and under it duet over stock."""
     names = ("tokens/s", "TTFT mean", "TTFT p99", "TBT mean", "TBT p99", "TBT max")
-    table = Table("rate", "system", *names, "within", "outcomes", "steps", "lanes busy")
+    table = Table("rate", "system", *names, "within", "outcomes", "steps")
+    table.add_column("lanes busy")
+    table.add_column("over forecast")
     for rate in dict.fromkeys(rate for _, rate in answers):
         shown: dict[str, list[float]] = {}
         for system in SYSTEMS:
@@ -423,11 +439,12 @@ def print_table(
                     for leg in legs
                     if (busy := leg["lane_utilization"])
                 ),
+                " ".join(f"{k} {r:.2f}" for k, r in legs[-1]["step_time_ratios"].items()),
             )
         if len(shown) == 2:
             ratios = np.array(shown["duet"]) / np.array(shown["stock"])
-            table.add_row("", "duet/stock", *(f"{ratio:.2f}" for ratio in ratios), "", "", "", "")
-    Console(width=170).print(table)
+            table.add_row("", "duet/stock", *(f"{ratio:.2f}" for ratio in ratios))
+    Console(width=190).print(table)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 POLL_TIMEOUT_S = 60
 VOCABULARY = range(3, 510)
@@ -166,3 +167,22 @@ async def test_64_clients_at_once(servers, server):
         expected, given = await asyncio.gather(answers(stock, requests), answers(duet, requests))
     assert given == expected
     assert [len(tokens) for tokens in given] == [request.max_tokens for request in requests]
+
+
+async def test_metrics_tell_what_the_lanes_did(servers):
+    """Runs last: the tests above have kept both lanes busy."""
+    async with connect(servers["split"]) as duet:
+        text = (await duet.get("/metrics")).text
+    found = {
+        (sample.name, sample.labels.get("lane") or sample.labels.get("mode")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("vllm_duet:")
+    }
+    launched = found["vllm_duet:prefills_launched_total", None]
+    assert launched > 0 and found["vllm_duet:prefills_joined_total", None] == launched
+    assert found["vllm_duet:prefills_failed_total", None] == 0
+    assert found["vllm_duet:steps_total", "split"] > launched
+    busy_s = [found["vllm_duet:lane_busy_seconds_total", lane] for lane in ("decode", "prefill")]
+    # These lanes take turns.
+    assert min(busy_s) > 0 and sum(busy_s) < found["vllm_duet:split_seconds_total", None]

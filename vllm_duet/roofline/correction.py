@@ -95,6 +95,10 @@ class StepTimeCorrection:
             return 1.0
         return exp(state.bias)
 
+    def factors(self) -> dict[str, float]:
+        """The factor of each kind that has had ``min_samples`` steps."""
+        return {k: exp(s.bias) for k, s in self._kinds.items() if s.count >= self._min_samples}
+
     def guard(self, kind: str) -> float:
         """Factor >= 1 on top that covers the ``quantile`` of steps."""
         state = self._kinds.get(kind)
