@@ -526,6 +526,9 @@ class JoinedStep(AsyncModelRunnerOutput):
         self._error = error
         self._decode_busy_ms = decode_busy_ms
 
+    def get_kv_connector_output(self) -> None:
+        """vLLM 0.33 asks for it when ``get_output`` has failed; SPLIT has no KV connector."""
+
     def get_output(self) -> ModelRunnerOutput:
         if isinstance(self._step, AsyncModelRunnerOutput):
             output = self._step.get_output()
