@@ -3,6 +3,9 @@
 # make check    the same
 # make quick    the same without the engine and the server: about a minute
 # make demo     a real server on this machine's CPU, splitting steps
+# make test-vllm VLLM=0.33.0
+#               what touches vLLM, on another release: its Python, over the CPU kernels of
+#               the release that is tested otherwise
 # make lint     ruff and mypy alone
 # make format   let ruff rewrite what it can
 # make clean    remove what these commands made
@@ -16,7 +19,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODEL  := $(VENV)/share/smollm2-135m-instruct
 
-.PHONY: test check quick demo lint format clean
+VLLM   ?= 0.33.0
+OTHER  := .venv-$(VLLM)
+
+.PHONY: test check quick test-vllm demo lint format clean
 
 test: lint $(MODEL)
 	$(BIN)/pytest $(ARGS)
@@ -25,6 +31,10 @@ check: test
 
 quick: lint
 	$(BIN)/pytest --ignore=tests/engine --ignore=tests/http $(ARGS)
+
+test-vllm: $(OTHER)/.swapped $(MODEL)
+	$(OTHER)/bin/python -m pytest --ignore=tests/roofline --ignore=tests/calibration \
+	  --ignore=tests/lanes $(ARGS)
 
 demo: $(READY) $(MODEL)
 	@$(BIN)/python examples/demo.py --port $(PORT)
@@ -39,7 +49,7 @@ format: $(READY)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tests/triton_interpreter/build \
+	rm -rf $(VENV) .venv-* build dist *.egg-info tests/triton_interpreter/build \
 	  tests/triton_interpreter/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The three that are uninstalled come with vLLM, as CUDA builds that do not load
@@ -52,6 +62,12 @@ $(READY): setup.py requirements.txt tests/triton_interpreter/setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	@touch $@
+
+$(OTHER)/.swapped: tests/other_vllm.py | $(READY)
+	@echo "Building $(OTHER): a copy of $(VENV) with another vLLM."
+	rm -rf $(OTHER) && cp --archive --link $(VENV) $(OTHER)
+	$(BIN)/python tests/other_vllm.py $(VLLM) $(OTHER)
 	@touch $@
 
 $(MODEL): | $(READY)

@@ -17,6 +17,7 @@ from vllm_duet.version import installed_vllm
 
 FOLDER = Path(__file__).parent.parent / "patches"
 PATCHES = sorted(FOLDER.glob("*/*.patch"))
+APPLIES_TO = {"0.32.0": {"0.32.0", "0.33.0"}}
 
 OVERLAY = """
 import sys
@@ -39,7 +40,8 @@ def patched(patch: Path, folder: Path) -> Path:
     assert found is not None
     assert spec is not None
     assert spec.origin is not None
-    if found[1] != patch.parent.name:
+    release = found[1].partition("+")[0]
+    if release not in APPLIES_TO.get(patch.parent.name, {patch.parent.name}):
         pytest.skip(f"vLLM {found[1]} is installed")
     if shutil.which("git") is None:
         pytest.skip("git is not installed")

