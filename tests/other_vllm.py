@@ -16,6 +16,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+NEEDED_ON_A_CPU = ("orjson",)
+"""What 0.33 requires and 0.32 did not, less what is for GPUs."""
+
 
 def swap(version: str, environment: Path) -> None:
     [site_packages] = environment.glob("lib/python*/site-packages")
@@ -43,6 +46,8 @@ def swap(version: str, environment: Path) -> None:
     metadata = site_packages / f"vllm-{version}.dist-info" / "METADATA"
     text = metadata.read_text()
     metadata.write_text(text.replace(f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n", 1))
+    install = [environment / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, *NEEDED_ON_A_CPU], check=True)
     metadata.parent.rename(metadata.parent.with_name(f"vllm-{version}+cpu.dist-info"))
 
 
