@@ -381,16 +381,12 @@ class DuetScheduler(AsyncScheduler):
         The prefix cache has its blocks as if they had been written.
         """
         failed = set(prefill.output.num_scheduled_tokens)
-        unwritten = self._written_by(prefill.output)
+        unwritten = set[int]().union(*self._written_by(prefill.output).values())
         for behind in self._in_flight:
-            blocks = self._written_by(behind.output)
-            relying = {
-                request_id
-                for request_id in behind.output.num_scheduled_tokens
-                if unwritten & self._blocks_of(request_id)
-            }
-            failed |= relying
-            unwritten |= blocks if relying else set()
+            for request_id, written in self._written_by(behind.output).items():
+                if unwritten & self._blocks_of(request_id):
+                    failed.add(request_id)
+                    unwritten |= written
         self.kv_cache_manager.evict_blocks(unwritten)
         requests = self.finish_requests(failed, RequestStatus.FINISHED_ERROR)
         logger.error("vllm-duet: %d requests failed. %s", len(requests), error)
@@ -411,23 +407,23 @@ class DuetScheduler(AsyncScheduler):
             )
         return outputs
 
-    def _written_by(self, output: SchedulerOutput) -> set[int]:
-        """The KV blocks that a prefill writes to, of all its requests."""
+    def _written_by(self, output: SchedulerOutput) -> dict[str, set[int]]:
+        """The KV blocks that each request of a prefill writes to."""
         cached = output.scheduled_cached_reqs
         begins = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         begins |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        groups = self.kv_cache_config.kv_cache_groups
-        return {
-            block
-            for request_id, begin in begins.items()
-            for group, blocks in zip(
-                groups, self.kv_cache_manager.get_block_ids(request_id), strict=True
-            )
-            for block in blocks[begin // group.kv_cache_spec.block_size :]
-        }
+        return {request_id: self._blocks_of(request_id, n) for request_id, n in begins.items()}
 
-    def _blocks_of(self, request_id: str) -> set[int]:
-        return set(chain.from_iterable(self.kv_cache_manager.get_block_ids(request_id)))
+    def _blocks_of(self, request_id: str, begin: int = 0) -> set[int]:
+        """The KV blocks with tokens of a request from position ``begin`` on."""
+        by_group = self.kv_cache_manager.get_block_ids(request_id)
+        blocks = {
+            block
+            for group, ids in zip(self.kv_cache_config.kv_cache_groups, by_group, strict=True)
+            for block in ids[begin // group.kv_cache_spec.block_size :]
+        }
+        # Stands for what has left a sliding window, of everybody.
+        return blocks - {self.kv_cache_manager.block_pool.null_block.block_id}
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False

@@ -98,8 +98,8 @@ def test_who_relies_on_it_fails_too_and_nobody_else(roomy, arrivals, timing, cap
 class LeavesItInThePrefixCache(LaunchesBehind):
     """Forgets that a failed prefill has registered blocks."""
 
-    def _written_by(self, output) -> set[int]:
-        return set()
+    def _written_by(self, output) -> dict[str, set[int]]:
+        return {}
 
 
 def test_what_is_left_in_the_prefix_cache_would_be_noticed(roomy, arrivals):
