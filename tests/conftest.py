@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import logging
 import os
 
+import pytest
 from hypothesis import settings
 
 # Model Runner V2 on the CPU: its Triton kernels run in Triton's interpreter.
@@ -15,3 +17,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The first example pays for Numba's compilation.
 settings.register_profile("duet", deadline=None)
 settings.load_profile("duet")
+
+
+@pytest.fixture
+def vllm_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """What vLLM's handlers are given, at every level."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.DEBUG, logger="vllm")
+    return caplog

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,6 @@ import prometheus_client
 import pytest
 from vllm.config import DeviceConfig, VllmConfig
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.metrics import loggers
 from vllm.v1.metrics.loggers import (
     AggregatedLoggingStatLogger,
     LoggingStatLogger,
@@ -159,12 +157,12 @@ def test_a_crossing_keeps_every_entry():
 
 
 @pytest.mark.parametrize("logger", [LoggingStatLogger, AggregatedLoggingStatLogger])
-def test_vllms_log_line_takes_leftover_entries(logger: Any, caplog_vllm: Any):
+def test_vllms_log_line_takes_leftover_entries(logger: Any, vllm_log: Any):
     """As when DuetStatLogger was left out: a clause too many, and no error."""
     made = logger(config(), [0] if logger is AggregatedLoggingStatLogger else 0)
     made.record(stats(joined=5), None)
     made.log()
-    assert "Running: 3 reqs" in caplog_vllm.text
+    assert "Running: 3 reqs" in vllm_log.text
 
 
 def test_vllms_series_take_leftover_entries():
@@ -175,15 +173,7 @@ def test_vllms_series_take_leftover_entries():
     assert PREFIX not in text
 
 
-@pytest.fixture
-def caplog_vllm(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(loggers.logger, "propagate", True)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.DEBUG, logger=loggers.logger.name)
-    return caplog
-
-
-def test_duets_engine_gets_the_logger_first(stock_manager: None, caplog_vllm: Any):
+def test_duets_engine_gets_the_logger_first(stock_manager: None, vllm_log: Any):
     plugin.add_stat_logger()
     plugin.add_stat_logger()
     manager = StatLoggerManager(config("vllm_duet.DuetScheduler"))
@@ -192,8 +182,8 @@ def test_duets_engine_gets_the_logger_first(stock_manager: None, caplog_vllm: An
     manager.record(stats(launched=2, joined=1), None)
     manager.log()
     assert series("prefills_launched_total") == 2
-    assert "Running: 3 reqs" in caplog_vllm.text
-    assert "KV fetch" not in caplog_vllm.text
+    assert "Running: 3 reqs" in vllm_log.text
+    assert "KV fetch" not in vllm_log.text
 
 
 def test_another_scheduler_gets_vllms_loggers_alone(stock_manager: None):

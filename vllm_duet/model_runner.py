@@ -56,10 +56,13 @@ from vllm_duet.plan import (
 from vllm_duet.policy import decode_lanes
 from vllm_duet.support import split_blockers
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
 
 PREFILL_WORKSPACE_LANE = 1
 """The decode lane keeps vLLM's workspace lane 0."""
+
+LONG_CAPTURE_S = 60.0
+"""For the CUDA graphs of all decode lanes, beyond which a hint is due."""
 
 SLOT_MAPPINGS = "slot_mappings"
 NUM_DIRTY_ROWS = "_num_dirty_rows"
@@ -294,12 +297,15 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
             )
             self.lane_graphs[decode_sms] = graphs
         taken = free - torch.cuda.mem_get_info(self.device)[0]
+        took_s = time.perf_counter() - started
         logger.info(
             "vllm-duet: CUDA graphs of %d decode lanes took %.0f s and %.2f GiB.",
             len(self.lane_graphs),
-            time.perf_counter() - started,
+            took_s,
             taken / 2**30,
         )
+        if took_s > LONG_CAPTURE_S:
+            logger.warning("vllm-duet: fewer SM counts in the option decode_sms start faster.")
         return size + taken
 
     def shutdown(self) -> None:

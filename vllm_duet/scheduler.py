@@ -62,8 +62,9 @@ from vllm_duet.policy import (
 from vllm_duet.roofline import StepTimeCorrection
 from vllm_duet.step_times import StepTimes
 from vllm_duet.support import deciding_blockers, most_decodes_beside, split_blockers
+from vllm_duet.version import __version__
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
 
 MAX_WAITING_LOOKED_AT = 16
 """How many waiting requests the policy is told of; a step rarely admits more."""
@@ -119,6 +120,13 @@ class DuetScheduler(AsyncScheduler):
         self._counters = DuetCounters()
         if self._blockers:
             logger.info("vllm-duet does not split here: %s.", "; ".join(self._blockers))
+        elif self._policy is not None:
+            logger.info(
+                "vllm-duet %s: mode %s, a bound of %g ms between tokens.",
+                __version__,
+                self.duet_config.mode,
+                self.duet_config.tbt_slo_ms,
+            )
 
     # Deciding
 

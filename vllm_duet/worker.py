@@ -13,7 +13,7 @@ from vllm_duet.model_runner import DuetCPUModelRunner, DuetModelRunner
 from vllm_duet.plugin import make_room_for_two_lanes
 from vllm_duet.support import split_blockers
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
 
 
 class DuetWorker(Worker):

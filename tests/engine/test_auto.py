@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pytest
 from engine.scenarios import run_both
 from engine.workloads import cache_filling, random_mix
 
@@ -32,6 +33,19 @@ def test_a_tight_bound_takes_the_prefill_out_of_whole_steps(roomy):
 def test_without_a_profile_every_step_is_vllms(roomy):
     run_both(roomy, random_mix(23), "late", 2, mode="auto")
     assert not any(roomy.core.scheduler.totals.steps.values())
+
+
+@pytest.mark.parametrize(
+    ("duet", "said"),
+    [
+        ({"mode": "split", "tbt_slo_ms": 50}, "mode split, a bound of 50 ms between tokens."),
+        ({"mode": "auto"}, "leaves every step to vLLM: there is no GPU profile for 'cpu'"),
+    ],
+)
+def test_a_start_is_told_where_vllm_logs(roomy, vllm_log, duet, said):
+    roomy.vllm_config.additional_config = {"duet": duet}
+    roomy._new_scheduler(DuetScheduler)
+    assert said in vllm_log.text
 
 
 def test_no_step_is_decided_where_a_cap_would_stall_prompts(roomy):

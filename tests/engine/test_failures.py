@@ -80,7 +80,7 @@ class LaunchesBehind(CountingScheduler):
 
 
 @pytest.mark.parametrize("timing", get_args(Timing))
-def test_who_relies_on_it_fails_too_and_nobody_else(roomy, arrivals, timing, caplog):
+def test_who_relies_on_it_fails_too_and_nobody_else(roomy, arrivals, timing, vllm_log):
     stock = roomy.run(arrivals, AsyncScheduler)
     with failing(roomy):
         duet = serve(roomy, arrivals, timing, 6, LaunchesBehind, mode="split")
@@ -91,8 +91,8 @@ def test_who_relies_on_it_fails_too_and_nobody_else(roomy, arrivals, timing, cap
     totals = roomy.core.scheduler.totals
     assert totals.failed == 1 and totals.joined == totals.launched >= 3
     sentence = "A prefill of 115 tokens failed on its lane of 116 SMs, beside a decode lane of 16"
-    assert f"{sentence}: OutOfMemoryError: CUDA out of memory" in caplog.text
-    assert "2 requests failed" in caplog.text
+    assert f"{sentence}: OutOfMemoryError: CUDA out of memory" in vllm_log.text
+    assert "2 requests failed" in vllm_log.text
 
 
 class LeavesItInThePrefixCache(LaunchesBehind):
@@ -140,7 +140,7 @@ def test_a_chunk_that_fails_ends_its_request(roomy):
     compare(stock["decode"], duet["decode"])
 
 
-def test_steps_are_whole_after_a_few_failures(roomy, caplog):
+def test_steps_are_whole_after_a_few_failures(roomy, vllm_log):
     rng = random.Random(6)
     greedy = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True, detokenize=False)
     doomed = [
@@ -156,7 +156,7 @@ def test_steps_are_whole_after_a_few_failures(roomy, caplog):
     for name in stock.keys() - failed:
         compare(stock[name], duet[name])
     assert roomy.core.scheduler.totals.launched == MAX_FAILURES
-    assert "splits no more steps: 3 prefills have failed on their lane" in caplog.text
+    assert "splits no more steps: 3 prefills have failed on their lane" in vllm_log.text
 
 
 def test_a_device_that_does_not_go_on_stops_the_engine(roomy, arrivals, monkeypatch):

@@ -157,6 +157,42 @@ def test_the_activations_of_a_second_lane_are_profiled(monkeypatch, streams) -> 
     assert runner.prefill_activation_bytes == (3 * GIB if streams else 0)
 
 
+@pytest.mark.parametrize("seconds", [4.0, 90.0])
+def test_every_decode_lane_has_its_graphs_captured(monkeypatch, vllm_log, seconds: float) -> None:
+    captured: list[tuple[str, str]] = []
+
+    class Graphs:
+        def __init__(self, config, device, decode_query_len, stream) -> None:
+            self.stream = stream
+
+        def capture(self, *prepared, progress_bar_desc: str) -> None:
+            captured.append((self.stream, progress_bar_desc))
+
+    times, free = iter([100.0, 100.0 + seconds]), iter([30 * GIB, 28 * GIB])
+    monkeypatch.setattr(model_runner, "LaneGraphs", Graphs)
+    monkeypatch.setattr(GPUModelRunner, "capture_model", lambda self, **_: GIB)
+    monkeypatch.setattr(model_runner.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 80 * GIB))
+    monkeypatch.setattr(DuetModelRunner, "decode_streams", {16: "one", 32: "other"})
+    runner = DuetModelRunner.__new__(DuetModelRunner)
+    for needed in (
+        *("vllm_config", "device", "decode_query_len", "model", "model_state", "input_buffers"),
+        *("intermediate_tensors", "block_tables", "attn_groups", "kv_cache_config"),
+    ):
+        setattr(runner, needed, needed)
+    runner.lane_graphs = {}
+    assert runner.capture_model(profile_only=True) == GIB and not captured
+    # vLLM is told of all the memory that graphs have taken.
+    assert runner.capture_model() == 3 * GIB
+    assert captured == [
+        ("one", "Capturing CUDA graphs of 16 SMs"),
+        ("other", "Capturing CUDA graphs of 32 SMs"),
+    ]
+    assert set(runner.lane_graphs) == {16, 32}
+    assert f"2 decode lanes took {seconds:.0f} s and 2.00 GiB" in vllm_log.text
+    assert ("start faster" in vllm_log.text) == (seconds > 60)
+
+
 @pytest.mark.parametrize(
     ("needed", "users_own", "left"),
     [(0, None, 50), (3, None, 47), (3, 50 * GIB, 50)],
