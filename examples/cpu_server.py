@@ -146,5 +146,13 @@ class VllmServer:
 class CpuServer(VllmServer):
     """On this machine's CPU, with Model Runner V2."""
 
-    def __init__(self, model: Path, options: Sequence[str] = (), port: int | None = None) -> None:
-        super().__init__(model, [*CPU_OPTIONS, *options], port, ENVIRONMENT)
+    def __init__(
+        self,
+        model: Path,
+        options: Sequence[str] = (),
+        port: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            model, [*CPU_OPTIONS, *options], port, {**ENVIRONMENT, **(environment or {})}
+        )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import failing_lane
 import pytest
 from cpu_server import CpuServer, duet_options
 
@@ -26,19 +27,26 @@ def hold_steps() -> int:
 
 
 @pytest.fixture(scope="session")
-def servers(model: Path) -> Iterator[dict[str, str]]:
-    """The addresses of three servers of one model: stock vLLM, always split, random plans."""
+def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The addresses of servers of one model: stock vLLM, always split, random plans, and
+    always split with a prefill lane that fails."""
     one_process = ["--distributed-executor-backend", "uni"]  # for engine core and worker
     duet = {
         "stock": one_process,
         "split": duet_options(mode="split", serial_hold_steps=HOLD_STEPS),
         "random": one_process + duet_options(mode="random", seed=1, serial_timing="threaded"),
+        "failing": duet_options(mode="split", serial_hold_steps=HOLD_STEPS),
     }
+    failing = failing_lane.install(tmp_path_factory.mktemp("plugin"))
     with ExitStack() as stack:
         # Start all before waiting for any.
         started = {
             name: stack.enter_context(
-                CpuServer(model, ["--skip-tokenizer-init", *LIMITS.split(), *options])
+                CpuServer(
+                    model,
+                    ["--skip-tokenizer-init", *LIMITS.split(), *options],
+                    environment=failing if name == "failing" else None,
+                )
             )
             for name, options in duet.items()
         }

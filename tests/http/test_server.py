@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
+from failing_lane import MARK
 from prometheus_client.parser import text_string_to_metric_families
 
 POLL_TIMEOUT_S = 60
@@ -167,6 +168,29 @@ async def test_64_clients_at_once(servers, server):
         expected, given = await asyncio.gather(answers(stock, requests), answers(duet, requests))
     assert given == expected
     assert [len(tokens) for tokens in given] == [request.max_tokens for request in requests]
+
+
+async def test_a_prefill_that_fails_is_an_error_for_its_client_alone(servers):
+    rng = random.Random(3)
+    decodes = [make_request(rng, 20 + i, 60) for i in range(2)]
+    doomed = make_request(rng, 100, 8).prompt
+    doomed[50] = MARK
+    body = {"model": "model", "prompt": doomed, "max_tokens": 8}
+    arrivals: list[str] = []
+    async with connect(servers["failing"]) as duet, connect(servers["stock"]) as stock:
+        listeners = [Listener(duet, "decode", request, arrivals) for request in decodes]
+        for listener in listeners:
+            await listener.started.wait()
+        answered = await duet.post("/v1/completions", json=body)
+        assert answered.status_code == 500 and "error" in answered.json()
+        streamed = await duet.post("/v1/completions", json=body | {"stream": True})
+        [line, *_] = streamed.text.splitlines()
+        assert "error" in json.loads(line.removeprefix("data: "))
+        await asyncio.gather(*(listener.task for listener in listeners))
+        expected = await answers(stock, decodes)
+        assert [listener.tokens for listener in listeners] == expected
+        assert await answers(duet, decodes) == expected
+        assert "vllm_duet:prefills_failed_total" in (await duet.get("/metrics")).text
 
 
 async def test_metrics_tell_what_the_lanes_did(servers):

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM plugin for a server whose prefill lane runs out of memory over prompts with MARK."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+MARK = 511
+
+
+def install(folder: Path) -> dict[str, str]:
+    """Make vLLM find ``register``; returns the environment that it takes."""
+    info = folder / "failing_lane-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: failing-lane\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nfailing_lane = failing_lane:register\n"
+    )
+    return {
+        "PYTHONPATH": f"{folder}:{Path(__file__).parent}",
+        "VLLM_PLUGINS": "duet,failing_lane",
+    }
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes, the worker's among them."""
+    import torch
+
+    from vllm_duet.model_runner import DuetModelRunnerMixin, RecordedForward
+
+    stock = DuetModelRunnerMixin._run_prefill
+
+    def run_prefill(runner: Any, forward: RecordedForward, state: Any) -> Any:
+        if (forward.inputs["input_ids"] == MARK).any():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return stock(runner, forward, state)
+
+    DuetModelRunnerMixin._run_prefill = run_prefill  # type: ignore[method-assign]
