@@ -30,8 +30,7 @@ from vllm_duet.lanes.cuda import CudaLanePair
 
 DEVICE = torch.device("cuda", 0)
 DECODE_SMS = (16, 32, 64)
-A_WHILE_S = 0.05
-"""How long a prefill waits for a decode step to meet. None comes before a join."""
+TIMEOUT_S = 60
 
 
 NOT_FOR_TWO_THREADS = (
@@ -49,24 +48,35 @@ class MeetingLanes(CudaLanePair):
         super().__init__(*args)
         self.seen: Counter[str] = Counter()
         self._prefill_runs = False
-        self._a_step_begins = threading.Event()
+        self._may_begin = threading.Event()
 
     def launch(self, prefill, prefill_sms):
         def meets():
-            self._a_step_begins.clear()
-            self._a_step_begins.wait(A_WHILE_S)
+            assert self._may_begin.wait(TIMEOUT_S)
             self._prefill_runs = True
             try:
                 return prefill()
             finally:
                 self._prefill_runs = False
 
-        return super().launch(meets, prefill_sms)
+        self._may_begin.clear()
+        launched = super().launch(meets, prefill_sms)
+        # Whoever waits for it has no step for it to meet.
+        launched.wait_until_queued = self._letting_it_begin(launched.wait_until_queued)
+        launched.result = self._letting_it_begin(launched.result)
+        return launched
+
+    def _letting_it_begin(self, wait):
+        def begins_and_waits():
+            self._may_begin.set()
+            return wait()
+
+        return begins_and_waits
 
     @contextmanager
     def decoding(self, decode_sms: int) -> Iterator[None]:
         with super().decoding(decode_sms):
-            self._a_step_begins.set()
+            self._may_begin.set()
             before = self._prefill_runs
             yield
             self.seen["decode steps that met a prefill"] += before or self._prefill_runs
