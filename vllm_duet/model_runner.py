@@ -185,8 +185,9 @@ class DuetModelRunnerMixin:
         if not self._in_flight or join is None:
             return step
         prefill = self._in_flight[0]
-        if join is Join.IF_DONE and not prefill.in_flight.done():
-            return step
+        with _named(prefill.launch):
+            if join is Join.IF_DONE and not prefill.in_flight.done():
+                return step
         self._in_flight.popleft()
         assert step is not None
         try:
@@ -343,6 +344,19 @@ def make_lanes(vllm_config: Any, device: torch.device) -> LanePair:
 def _touches_blocks(scheduler_output: SchedulerOutput) -> bool:
     """Whether the step zeroes or copies KV blocks, which comes before both lanes (rule 4)."""
     return bool(scheduler_output.new_block_ids_to_zero or scheduler_output.kv_cache_block_copies)
+
+
+@contextmanager
+def _named(launch: PrefillLaunch) -> Iterator[None]:
+    """Errors of the block tell of ``launch``: what a kernel does wrong is found out later."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"There was a prefill on a lane of {launch.prefill_sms} SMs, beside a decode lane of"
+            f" {launch.decode_sms}."
+        )
+        raise
 
 
 class InFlightPrefill(NamedTuple):
@@ -525,16 +539,17 @@ class JoinedStep(AsyncModelRunnerOutput):
         """vLLM 0.33 asks for it when ``get_output`` has failed; SPLIT has no KV connector."""
 
     def get_output(self) -> ModelRunnerOutput:
-        if isinstance(self._step, AsyncModelRunnerOutput):
-            output = self._step.get_output()
-        else:
-            # vLLM returns one shared empty output for steps without tokens.
-            output = copy.copy(self._step)
-        output.duet = JoinedPrefill(  # type: ignore[attr-defined]
-            self._prefill.launch.launch_id,
-            self._result.get_output() if self._result is not None else None,
-            self._error,
-            self._prefill.in_flight.busy_ms(),
-            self._decode_busy_ms,
-        )
-        return output
+        with _named(self._prefill.launch):
+            if isinstance(self._step, AsyncModelRunnerOutput):
+                output = self._step.get_output()
+            else:
+                # vLLM returns one shared empty output for steps without tokens.
+                output = copy.copy(self._step)
+            output.duet = JoinedPrefill(  # type: ignore[attr-defined]
+                self._prefill.launch.launch_id,
+                self._result.get_output() if self._result is not None else None,
+                self._error,
+                self._prefill.in_flight.busy_ms(),
+                self._decode_busy_ms,
+            )
+            return output

@@ -19,6 +19,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_duet.lanes.serial import SerialLanePair, Timing
+from vllm_duet.model_runner import DuetCPUModelRunner
 from vllm_duet.scheduler import MAX_FAILURES, DuetScheduler
 
 MARK = 511
@@ -157,6 +158,29 @@ def test_steps_are_whole_after_a_few_failures(roomy, vllm_log):
         compare(stock[name], duet[name])
     assert roomy.core.scheduler.totals.launched == MAX_FAILURES
     assert "splits no more steps: 3 prefills have failed on their lane" in vllm_log.text
+
+
+def test_an_error_that_shows_up_later_names_the_lanes(roomy, arrivals, monkeypatch):
+    """As of a kernel: the host learns of it when it waits for the tokens."""
+    launched, stock = [], DuetCPUModelRunner._run_prefill
+
+    class Broken:
+        def get_output(self) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def run_prefill(runner, forward, state):
+        stock(runner, forward, state)
+        launched.append(True)
+        return Broken()
+
+    monkeypatch.setattr(DuetCPUModelRunner, "_run_prefill", run_prefill)
+    try:
+        with pytest.raises(RuntimeError, match="illegal memory access") as raised:
+            serve(roomy, arrivals, "late", 2, mode="split")
+    finally:
+        roomy.discard()
+    said = "There was a prefill on a lane of 116 SMs, beside a decode lane of 16."
+    assert launched and said in raised.value.__notes__
 
 
 def test_a_device_that_does_not_go_on_stops_the_engine(roomy, arrivals, monkeypatch):
