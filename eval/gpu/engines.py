@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]
 
-from cpu_server import CPU_OPTIONS, ENVIRONMENT  # noqa: E402
+from cpu_server import CPU_OPTIONS, ENVIRONMENT, provide_plugin  # noqa: E402
 
 from vllm_duet.calibration.session import git_commit  # noqa: E402
 from vllm_duet.doctor import Machine  # noqa: E402
@@ -38,14 +38,7 @@ def environment(**extra: str) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(ROOT)]
         if not any(e.name == "duet" for e in entry_points(group="vllm.general_plugins")):
-            info = Path(folder, "vllm_duet_checkout-0.dist-info")
-            info.mkdir()
-            (info / "METADATA").write_text(
-                "Metadata-Version: 2.1\nName: vllm-duet-checkout\nVersion: 0\n"
-            )
-            (info / "entry_points.txt").write_text(
-                "[vllm.general_plugins]\nduet = vllm_duet.plugin:register\n"
-            )
+            provide_plugin(Path(folder), "duet", "vllm_duet.plugin:register")
             paths.append(folder)
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         cpu = {} if ON_GPU else ENVIRONMENT

@@ -11,12 +11,9 @@ MARK = 511
 
 def install(folder: Path) -> dict[str, str]:
     """Make vLLM find ``register``; returns the environment that it takes."""
-    info = folder / "failing_lane-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: failing-lane\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nfailing_lane = failing_lane:register\n"
-    )
+    from cpu_server import provide_plugin
+
+    provide_plugin(folder, "failing_lane", "failing_lane:register")
     return {
         "PYTHONPATH": f"{folder}:{Path(__file__).parent}",
         "VLLM_PLUGINS": "duet,failing_lane",
