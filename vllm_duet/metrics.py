@@ -54,6 +54,12 @@ class DuetTotals:
     )
 
 
+def steps_by_mode(scheduler: Any) -> dict[str, int]:
+    """``DuetTotals.steps`` of a DuetScheduler; of any other, nothing."""
+    totals: DuetTotals | None = getattr(scheduler, "totals", None)
+    return {str(mode): steps for mode, steps in totals.steps.items()} if totals else {}
+
+
 class DuetCounters:
     """Turns DuetScheduler's totals into entries for its next stats.
 

@@ -211,6 +211,8 @@ def child(task_file: str, answers_file: str) -> None:
     """In a process of its own: serve all requests at once, round after round."""
     from vllm import LLM, SamplingParams
 
+    from vllm_duet.metrics import steps_by_mode
+
     task = json.loads(Path(task_file).read_text())
     options = task["engine"]
     if task["additional_config"] is not None:
@@ -227,8 +229,7 @@ def child(task_file: str, answers_file: str) -> None:
                 [SamplingParams(detokenize=False, **sampling) for _, sampling in task["work"]],
                 use_tqdm=False,
             )
-            totals = getattr(scheduler, "totals", None)
-            steps = Counter({str(m): n for m, n in totals.steps.items()} if totals else {})
+            steps = Counter(steps_by_mode(scheduler))
             answer = {
                 "tokens": [list(output.outputs[0].token_ids) for output in outputs],
                 "steps_by_mode": steps - before,

@@ -29,6 +29,7 @@ import numpy as np
 import typer
 from cpu_server import ServerError, VllmServer, duet_options
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -265,7 +266,7 @@ async def run(
             for body, answer in zip(bodies[:WARM_UP_REQUESTS], answers, strict=False)
         ]
         await until(end_s, warm_up)
-        before = await duet_counters(client)
+        before = duet_counters(await metrics(client))
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(title, total=len(answers))
             start_s = time.perf_counter()
@@ -279,9 +280,10 @@ async def run(
             await until(
                 end_s, [one(body, answer) for body, answer in zip(bodies, answers, strict=True)]
             )
-        after, ratios = await duet_counters(client), await step_time_ratios(client)
+        samples = await metrics(client)
+    after = duet_counters(samples)
     added = {name: total - before.get(name, 0.0) for name, total in after.items()}
-    return answers, added, ratios
+    return answers, added, step_time_ratios(samples)
 
 
 async def until(end_s: float, work: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -319,28 +321,26 @@ async def ask(
     answer.outcome = "finished" if len(answer.token_s) == body["max_tokens"] else "ended early"
 
 
-async def duet_counters(client: httpx.AsyncClient) -> dict[str, float]:
+async def metrics(client: httpx.AsyncClient) -> list[Sample]:
+    """What the server tells on /metrics."""
+    text = (await client.get("/metrics")).text
+    return [s for family in text_string_to_metric_families(text) for s in family.samples]
+
+
+def duet_counters(samples: Sequence[Sample]) -> dict[str, float]:
     """DuetScheduler's counters, as name or "name label"; stock has none."""
-    metrics = (await client.get("/metrics")).text
     found = {}
-    for family in text_string_to_metric_families(metrics):
-        for sample in family.samples:
-            if sample.name.startswith("vllm_duet:") and sample.name.endswith("_total"):
-                name = sample.name.removeprefix("vllm_duet:").removesuffix("_total")
-                label = sample.labels.get("mode") or sample.labels.get("lane")
-                found[f"{name} {label}" if label else name] = sample.value
+    for sample in samples:
+        if sample.name.startswith("vllm_duet:") and sample.name.endswith("_total"):
+            name = sample.name.removeprefix("vllm_duet:").removesuffix("_total")
+            label = sample.labels.get("mode") or sample.labels.get("lane")
+            found[f"{name} {label}" if label else name] = sample.value
     return found
 
 
-async def step_time_ratios(client: httpx.AsyncClient) -> dict[str, float]:
-    """Measured over forecast step times by now, as DuetScheduler has learned them."""
-    metrics = (await client.get("/metrics")).text
-    return {
-        sample.labels["kind"]: sample.value
-        for family in text_string_to_metric_families(metrics)
-        for sample in family.samples
-        if sample.name == "vllm_duet:step_time_ratio"
-    }
+def step_time_ratios(samples: Sequence[Sample]) -> dict[str, float]:
+    """Measured over forecast step times, as DuetScheduler has learned them."""
+    return {s.labels["kind"]: s.value for s in samples if s.name == "vllm_duet:step_time_ratio"}
 
 
 def what_duet_did(counted: dict[str, float]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_duet.doctor import GPU_MEMORY_UTILIZATION
+from vllm_duet.metrics import steps_by_mode
 from vllm_duet.policy import PolicyLimits
 from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
 from vllm_duet.sim.engine import CpuCosts, RequestRecord, SimulatedClock, SimulatedEngine
@@ -148,15 +149,13 @@ class Simulation:
     ) -> Outcome:
         engine = self.engine()
         records = engine.run(trace, on_finished)
-        totals = getattr(engine.scheduler, "totals", None)
-        steps = totals.steps if totals else {}
         return Outcome(
             records,
             engine.gpu.intervals,
             0,
             self.kv_cache_tokens,
             engine.num_preempted,
-            {str(mode): count for mode, count in steps.items()},
+            steps_by_mode(engine.scheduler),
         )
 
     def _disaggregated(
