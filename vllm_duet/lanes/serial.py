@@ -115,20 +115,29 @@ class _Late(_Held[T]):
         return self._run()
 
 
-class _Early(_Held[T]):
-    def __init__(self, prefill: Callable[[], T], hold_steps: int) -> None:
-        super().__init__(prefill, hold_steps)
-        self._outcome: Future[T] = Future()
-        try:
-            self._outcome.set_result(self._run())
-        except Exception as error:
-            self._outcome.set_exception(error)
+class _Started(_Held[T]):
+    """One that is run before its result is asked for; ``_outcome`` is what came of it."""
+
+    _outcome: Future[T]
+
+    def _has_run(self) -> bool:
+        return self._outcome.done()
 
     def result(self) -> T:
         return self._outcome.result()
 
 
-class _Threaded(_Held[T]):
+class _Early(_Started[T]):
+    def __init__(self, prefill: Callable[[], T], hold_steps: int) -> None:
+        super().__init__(prefill, hold_steps)
+        self._outcome = Future()
+        try:
+            self._outcome.set_result(self._run())
+        except Exception as error:
+            self._outcome.set_exception(error)
+
+
+class _Threaded(_Started[T]):
     def __init__(
         self,
         prefill: Callable[[], T],
@@ -146,14 +155,8 @@ class _Threaded(_Held[T]):
         with self._lock:
             return self._run()
 
-    def _has_run(self) -> bool:
-        return self._outcome.done()
 
-    def result(self) -> T:
-        return self._outcome.result()
-
-
-class _Interleaved(_Held[T]):
+class _Interleaved(_Started[T]):
     """On a thread that runs only while the caller waits for it: until the next layer.
 
     Decode steps then find every global as the middle of a prefill leaves it.
@@ -197,4 +200,4 @@ class _Interleaved(_Held[T]):
 
     def result(self) -> T:
         self.run_to_the_end()
-        return self._outcome.result()
+        return super().result()
