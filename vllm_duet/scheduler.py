@@ -114,8 +114,6 @@ class DuetScheduler(AsyncScheduler):
         """Kept out of ``running`` while prefills are in flight: their requests, and any
         other prompt that is only partly computed."""
         self._joining = False
-        self._split_since = 0.0
-        """The time up to which ``totals.split_ms`` counts, while prefills are in flight."""
         self.totals = DuetTotals()
         self._counters = DuetCounters()
         if self._blockers:
@@ -246,10 +244,10 @@ class DuetScheduler(AsyncScheduler):
             (self._held if in_flight or request.is_prefill_chunk else decodes).append(request)
         self.running = decodes
         launch = PrefillLaunch(self.totals.launched, prefill, plan.decode_sms, plan.prefill_sms)
-        now, behind = self._step_times.clock(), bool(self._in_flight)
-        if not behind:
-            self._split_since = now
-        self._in_flight.append(InFlightPrefill(launch.launch_id, prefill, plan, now))
+        self._in_flight.append(
+            InFlightPrefill(launch.launch_id, prefill, plan, self._step_times.clock())
+        )
+        behind = len(self._in_flight) > 1
         self.totals.launched += 1
         self.totals.steps[Mode.SPLIT] += 1
         decode.duet = StepDirective(
@@ -347,11 +345,11 @@ class DuetScheduler(AsyncScheduler):
         return outputs
 
     def _count(self, joined: JoinedPrefill) -> None:
-        now, totals = self._step_times.clock(), self.totals
+        totals = self.totals
         totals.joined += 1
         totals.failed += joined.error is not None
-        totals.split_ms += 1e3 * (now - self._split_since)
-        self._split_since = now
+        # One behind another begins when that joins, so no time counts twice.
+        totals.split_ms += 1e3 * (self._step_times.clock() - self._in_flight[0].started_at)
         totals.lane_busy_ms["prefill"] += joined.prefill_busy_ms
         totals.lane_busy_ms["decode"] += joined.decode_busy_ms
 
