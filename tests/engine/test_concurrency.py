@@ -18,14 +18,11 @@ import pytest
 import torch
 from engine.scenarios import compare, serve_on
 from engine.workloads import random_mix
-from lanes.fake_driver import FakeDriver
-from lanes.fake_streams import FakeCuda, FakeStream
+from lanes.fake_streams import fake_gpu
 from vllm import _custom_ops, forward_context
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_duet import model_runner
-from vllm_duet.lanes import cuda as cuda_lanes
-from vllm_duet.lanes import green_context
 from vllm_duet.lanes.cuda import CudaLanePair
 
 DEVICE = torch.device("cuda", 0)
@@ -122,10 +119,7 @@ def lanes(request, monkeypatch):
     turn = threading.Lock()
     for name in NOT_FOR_TWO_THREADS:
         monkeypatch.setattr(_custom_ops, name, one_at_a_time(getattr(_custom_ops, name), turn))
-    fake = FakeCuda(at_once=True)
-    monkeypatch.setattr(cuda_lanes, "cuda", fake)
-    monkeypatch.setattr(green_context, "_driver", lambda: FakeDriver(132, 8, 8))
-    monkeypatch.setattr(green_context, "_external_stream", lambda *_: FakeStream(fake, "green"))
+    fake_gpu(monkeypatch, at_once=True)
     pair = MeetingLanes.create(DECODE_SMS, DEVICE, request.param)
     yield pair
     pair.shutdown()

@@ -12,6 +12,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+from lanes.fake_driver import FakeDriver
+
+from vllm_duet.lanes import cuda as cuda_lanes
+from vllm_duet.lanes import green_context
+
+
+def fake_gpu(patch: pytest.MonkeyPatch, at_once: bool = False) -> tuple[FakeCuda, FakeDriver]:
+    """Have the CUDA lanes take this for a GPU of 132 SMs."""
+    cuda, driver = FakeCuda(at_once), FakeDriver(132, 8, 8)
+    patch.setattr(cuda_lanes, "cuda", cuda)
+    patch.setattr(green_context, "_driver", lambda: driver)
+    patch.setattr(green_context, "_external_stream", lambda *_: FakeStream(cuda, "green"))
+    return cuda, driver
+
 
 class FakeEvent:
     """The point in a stream's queue where it was recorded.

@@ -15,11 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lanes.fake_driver import FakeDriver
-from lanes.fake_streams import FakeCuda, FakeStream
+from lanes.fake_streams import FakeStream, fake_gpu
 
-from vllm_duet.lanes import cuda as cuda_lanes
-from vllm_duet.lanes import green_context
 from vllm_duet.lanes.cuda import CudaLanePair, LaneError
 from vllm_duet.lanes.green_context import GreenContextError
 
@@ -31,10 +28,7 @@ class Rig:
     """The lanes of a fake GPU of 132 SMs."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.cuda, self.driver = FakeCuda(), FakeDriver(132, 8, 8)
-        patch.setattr(cuda_lanes, "cuda", self.cuda)
-        patch.setattr(green_context, "_driver", lambda: self.driver)
-        patch.setattr(green_context, "_external_stream", lambda *_: FakeStream(self.cuda, "green"))
+        self.cuda, self.driver = fake_gpu(patch)
         self.pair = CudaLanePair.create(LANES, DEVICE)
 
 
