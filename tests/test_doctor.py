@@ -19,7 +19,6 @@ from vllm_duet.cli import app
 from vllm_duet.doctor import Diagnosis, Gpu, Machine
 from vllm_duet.lanes.green_context import GREEN_CONTEXT_CUDA
 from vllm_duet.plan import Mode
-from vllm_duet.support import LIMITS, Limit
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,8 +43,8 @@ H100 = Machine(
 
 
 @pytest.fixture(autouse=True)
-def _a_release_that_can_split(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "LIMITS", [x for x in LIMITS if x.about != "release"])
+def _lanes_are_switched_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_DUET_CUDA_LANES", "1")
 
 
 @pytest.fixture
@@ -117,9 +116,9 @@ def test_an_unknown_architecture_cannot_be_forecast(tmp_path: Path):
 
 
 def test_what_a_release_lacks_is_said(monkeypatch: pytest.MonkeyPatch, llama: Path):
-    lacking = Limit("no lanes yet", "release", "SPLIT comes later.", lambda vllm, kv: True)
-    monkeypatch.setattr(doctor, "LIMITS", [lacking])
-    assert Diagnosis.of(H100, llama).obstacles[Mode.SPLIT] == ["No lanes yet: SPLIT comes later."]
+    monkeypatch.delenv("VLLM_DUET_CUDA_LANES")
+    [obstacle] = Diagnosis.of(H100, llama).obstacles[Mode.SPLIT]
+    assert obstacle.startswith("The CUDA lanes are not switched on: ")
 
 
 def test_an_unsupported_vllm_stops_every_mode():

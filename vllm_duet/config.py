@@ -71,7 +71,7 @@ class DuetConfig(BaseModel):
         None,
         min_length=1,
         description="The SM counts the decode lane may be given; each costs a set of CUDA "
-        "graphs. Not set: at most five, from the GPU profile.",
+        "graphs. Not set: at most three, from the GPU profile.",
     )
     max_lookahead: int = Field(
         8,

@@ -153,7 +153,15 @@ class Diagnosis:
 
 def _lane_obstacles(machine: Machine) -> list[str]:
     """What keeps this machine from running two lanes on one GPU."""
-    obstacles = [_obstacle(limit) for limit in LIMITS if limit.about == "release"]
+    # An option given in the environment counts here as it does for a server.
+    engine = SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cuda"), additional_config={}
+    )
+    obstacles = [
+        _obstacle(limit)
+        for limit in LIMITS
+        if limit.about == "release" and limit.applies(engine, None)
+    ]
     if not machine.gpus:
         obstacles.append("There is no NVIDIA GPU, or no driver for it.")
     elif machine.driver_cuda is None or machine.driver_cuda < GREEN_CONTEXT_CUDA:

@@ -17,9 +17,19 @@ from vllm_duet.config import ENV_PREFIX, DuetConfig
 from vllm_duet.version import check_vllm_version
 
 WORKERS = {
-    "vllm.v1.worker.gpu_worker.Worker": "vllm_duet.worker.DuetWorker",
-    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_duet.worker.DuetCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_duet.worker.gpu.DuetWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_duet.worker.cpu.DuetCPUWorker",
 }
+GPU_ENVIRONMENT = {
+    # Streams that share a hardware queue wait for each other's launches. CUDA reads it when
+    # it starts; its default is 8, and the lanes alone have more streams (CUDA programming
+    # guide, environment variables).
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    # vLLM runs shared experts on one more stream, which is nobody's SM group.
+    "VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1",
+}
+"""Defaults of an engine that splits steps on a GPU; what the user has set stays."""
+
 SCHEDULER_NAMES = ("vllm_duet.DuetScheduler", "vllm_duet.scheduler.DuetScheduler")
 
 
@@ -70,12 +80,21 @@ def configure(vllm_config: Any) -> None:
         RuntimeError: the installed vLLM is not supported.
         DuetConfigError: an option of vllm-duet is wrong.
     """
+    from vllm.platforms import current_platform
+
+    from vllm_duet.support import split_blockers
+
     if problem := check_vllm_version():
         raise RuntimeError(problem)
     DuetConfig.load(vllm_config.additional_config)
     parallel = vllm_config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     add_stat_logger()
+    if vllm_config.device_config.device_type == "cuda" and not split_blockers(
+        vllm_config, current_platform.get_device_name()
+    ):
+        for name, value in GPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
 
 
 def make_room_for_two_lanes() -> None:
@@ -94,7 +113,7 @@ def make_room_for_two_lanes() -> None:
 
     @functools.wraps(stock_lanes)
     def num_lanes(*args: Any, **kwargs: Any) -> int:
-        return max(stock_lanes(*args, **kwargs), 2)
+        return int(stock_lanes(*args, **kwargs)) + 1
 
     @functools.wraps(stock_depth)
     def set_depth(steps: int) -> None:

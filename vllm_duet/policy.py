@@ -185,7 +185,7 @@ class PolicyLimits:
     throughput_margin: float = 0.05
 
 
-def decode_sm_candidates(profile: GpuProfile, max_candidates: int = 5) -> tuple[int, ...]:
+def decode_sm_candidates(profile: GpuProfile, max_candidates: int = 3) -> tuple[int, ...]:
     """SM counts for the decode lane, ascending; empty where the GPU is too small to split.
 
     Decode is bound by bandwidth, which saturates early (design.md, "Roofline, in
@@ -272,7 +272,7 @@ _compiled_speedup: Final = njit(speedup)
 
 
 class _Split(NamedTuple):
-    """A split by one decode lane. Plain floats: with at most five of them, loops are
+    """A split by one decode lane. Plain floats: with so few of them, loops are
     faster than arrays, and this is on the scheduling path.
 
     ``tbt_ms`` and ``prefill_ms`` are the roofline's; ``guarded_ms`` is the TBT to hold

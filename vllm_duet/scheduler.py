@@ -61,7 +61,7 @@ from vllm_duet.policy import (
 )
 from vllm_duet.roofline import StepTimeCorrection
 from vllm_duet.step_times import StepTimes
-from vllm_duet.support import deciding_blockers, most_decodes_beside, split_blockers
+from vllm_duet.support import deciding_blockers, reported_lanes, split_blockers
 from vllm_duet.version import __version__
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
@@ -104,8 +104,12 @@ class DuetScheduler(AsyncScheduler):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self.duet_config = DuetConfig.load(vllm_config.additional_config)
-        self._blockers = split_blockers(vllm_config, self.kv_cache_config)
-        self._most_decodes = most_decodes_beside(vllm_config)
+        device_name = current_platform.get_device_name()
+        self._blockers = split_blockers(vllm_config, device_name, self.kv_cache_config)
+        lanes = reported_lanes(vllm_config)
+        self._most_decodes = lanes.most_decodes
+        if lanes.obstacle and not self._blockers:
+            self._blockers.append(lanes.obstacle)
         learns = self.duet_config.correction and self.duet_config.mode == "auto"
         self._step_times = StepTimes(StepTimeCorrection() if learns else None)
         self._policy = make_policy(self.duet_config, vllm_config, self._step_times.correction)
@@ -116,9 +120,11 @@ class DuetScheduler(AsyncScheduler):
         self._joining = False
         self.totals = DuetTotals()
         self._counters = DuetCounters()
-        if self._blockers:
+        if self._policy is None:
+            pass  # what leaves every step to vLLM has been said
+        elif self._blockers:
             logger.info("vllm-duet does not split here: %s.", "; ".join(self._blockers))
-        elif self._policy is not None:
+        else:
             logger.info(
                 "vllm-duet %s: mode %s, a bound of %g ms between tokens.",
                 __version__,

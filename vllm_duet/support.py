@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What SPLIT does not support yet, and where even a CAPPED step would do harm.
 
-One list, LIMITS, for the scheduler, which asks it about its own engine, and for
-``vllm-duet doctor``, which prints it. The checks work on any object with the
+One list, LIMITS, for the scheduler and the worker, which ask it about their own engine, and
+for ``vllm-duet doctor``, which prints it. The checks work on any object with the
 fields of ``vllm.config.VllmConfig``; this file imports neither vLLM nor torch.
+
+What only the worker can find out, such as what the driver allows, it leaves on the
+VllmConfig as a LanesReport, where the scheduler, which is made later, finds it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from vllm_duet.config import DuetConfig
+from vllm_duet.forecast import NoForecastError, roofline_for
+
+MAX_GRAPHS = 24
+"""CUDA graphs of a decode lane, each of another batch size. vLLM has about 50; a decode step
+takes its time to read weights and KV cache, and rows of padding have neither."""
+
+_LANES_REPORT = "duet_lanes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +150,13 @@ LIMITS = (
         lambda vllm, kv: vllm.cache_config.kv_sharing_fast_prefill,
     ),
     Limit(
+        "weights offloaded by prefetch",
+        "options",
+        "SPLIT runs two forward passes at once, and prefetched weights have one buffer: no"
+        " --offload-group-size.",
+        lambda vllm, kv: vllm.offload_config.prefetch.offload_group_size > 0,
+    ),
+    Limit(
         "prompt embeddings",
         "options",
         "SPLIT takes prompts as tokens: no --enable-prompt-embeds.",
@@ -187,15 +206,46 @@ LIMITS = (
         lambda vllm, kv: most_decodes_beside(vllm) == 0,
     ),
     Limit(
+        "a worker in a process of its own",
+        "options",
+        "SPLIT on a GPU needs the worker in the engine core's process: leave"
+        " --distributed-executor-backend unset.",
+        lambda vllm, kv: _is_gpu(vllm) and _executor(vllm) not in (None, "uni"),
+    ),
+    Limit(
         "the CUDA lanes are not switched on",
         "release",
         "SPLIT on a GPU has not run on one yet: the option cuda_lanes switches it on, to try it.",
-        lambda vllm, kv: (
-            vllm.device_config.device_type != "cpu"
-            and not DuetConfig.load(vllm.additional_config).cuda_lanes
-        ),
+        lambda vllm, kv: _is_gpu(vllm) and not DuetConfig.load(vllm.additional_config).cuda_lanes,
     ),
 )
+
+
+def _is_gpu(vllm_config: Any) -> bool:
+    return bool(vllm_config.device_config.device_type != "cpu")
+
+
+def _executor(vllm_config: Any) -> Any:
+    return vllm_config.parallel_config.distributed_executor_backend
+
+
+def lane_sizes(vllm_config: Any) -> list[int]:
+    """The batch sizes that a decode lane has CUDA graphs for, ascending; at most MAX_GRAPHS.
+
+    Those of vLLM's capture sizes that ``max_num_seqs`` requests can fill, by a constant ratio
+    as far as there are any, so that padding is the same share of each; and ``max_num_seqs``
+    itself, where vLLM's sizes reach as far.
+    """
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
+    most = vllm_config.scheduler_config.max_num_seqs
+    known = {size for size in sizes if size <= most}
+    if any(size > most for size in sizes):
+        known.add(most)
+    if not known:
+        return []
+    ascending = np.array(sorted(known))
+    wanted = np.geomspace(ascending[0], ascending[-1], MAX_GRAPHS)
+    return sorted(set(ascending[np.searchsorted(ascending, wanted.round())].tolist()))
 
 
 def most_decodes_beside(vllm_config: Any) -> int:
@@ -204,19 +254,34 @@ def most_decodes_beside(vllm_config: Any) -> int:
     On a GPU, as many as a full CUDA graph is captured for: without one the step needs the
     forward context, one global, while the prefill may hold it. On a CPU lanes take turns.
     """
-    if vllm_config.device_config.device_type == "cpu":
+    if not _is_gpu(vllm_config):
         return vllm_config.scheduler_config.max_num_seqs  # type: ignore[no-any-return]
     graphs = vllm_config.compilation_config
     if vllm_config.model_config.enforce_eager or not graphs.cudagraph_mode:
         return 0
     if not graphs.cudagraph_mode.decode_mode().has_full_cudagraphs():
         return 0
-    return graphs.max_cudagraph_capture_size or 0
+    return max(lane_sizes(vllm_config), default=0)
 
 
-def split_blockers(vllm_config: Any, kv_cache_config: Any = None) -> list[str]:
-    """Why steps of this engine cannot be split, a short clause each; empty if they can."""
-    return [limit.feature for limit in LIMITS if limit.applies(vllm_config, kv_cache_config)]
+def split_blockers(vllm_config: Any, device_name: str, kv_cache_config: Any = None) -> list[str]:
+    """Why steps of this engine cannot be split, a short clause each; empty if they can.
+
+    ``device_name`` is the GPU's name as its driver reports it.
+
+    Raises:
+        ValueError: the GPU profile named by the options is wrong.
+    """
+    blockers = [limit.feature for limit in LIMITS if limit.applies(vllm_config, kv_cache_config)]
+    config = DuetConfig.load(vllm_config.additional_config)
+    if config.mode in ("aggregated", "capped"):
+        blockers.append(f"mode {config.mode}")
+    elif config.mode == "auto" and not blockers:
+        try:
+            roofline_for(vllm_config, config, device_name)
+        except NoForecastError as reason:
+            blockers.append(str(reason))
+    return blockers
 
 
 def deciding_blockers(vllm_config: Any) -> list[str]:
@@ -224,3 +289,28 @@ def deciding_blockers(vllm_config: Any) -> list[str]:
     return [
         limit.feature for limit in LIMITS if limit.caps_too and limit.applies(vllm_config, None)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class LanesReport:
+    """What became of a worker's lanes when it started.
+
+    ``most_decodes`` is how many requests the largest decode graph of every lane takes.
+    ``obstacle`` is a clause that says why there are no lanes, or ``None``.
+    """
+
+    most_decodes: int = 0
+    obstacle: str | None = None
+
+
+def report_lanes(vllm_config: Any, report: LanesReport) -> None:
+    """Leave ``report`` for the scheduler of the same engine, in the same process."""
+    setattr(vllm_config, _LANES_REPORT, report)
+
+
+def reported_lanes(vllm_config: Any) -> LanesReport:
+    """What the worker has reported. Lanes without a GPU have nothing to report."""
+    if not _is_gpu(vllm_config):
+        return LanesReport(most_decodes_beside(vllm_config))
+    nothing = LanesReport(obstacle="the worker has made no lanes")
+    return getattr(vllm_config, _LANES_REPORT, nothing)

@@ -89,6 +89,8 @@ def make_llm(model: Path, scheduler_cls: type | str, **overrides: Any) -> LLM:
         block_size=32,
         seed=0,
         disable_log_stats=False,
+        # Tests choose a mode for each run; this one lets the engine have lanes.
+        additional_config={"duet": {"mode": "split"}},
     )
     return LLM(**(settings | overrides))
 

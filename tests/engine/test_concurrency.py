@@ -22,8 +22,8 @@ from lanes.fake_streams import fake_gpu
 from vllm import _custom_ops, forward_context
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from vllm_duet import model_runner
 from vllm_duet.lanes.cuda import CudaLanePair
+from vllm_duet.worker import lane_state, runner
 
 DEVICE = torch.device("cuda", 0)
 DECODE_SMS = (16, 32, 64)
@@ -45,12 +45,14 @@ class MeetingLanes(CudaLanePair):
         super().__init__(*args)
         self.seen: Counter[str] = Counter()
         self._prefill_runs = False
+        self._begun = 0
         self._may_begin = threading.Event()
 
     def launch(self, prefill, prefill_sms):
         def meets():
             assert self._may_begin.wait(TIMEOUT_S)
             self._prefill_runs = True
+            self._begun += 1
             try:
                 return prefill()
             finally:
@@ -73,10 +75,10 @@ class MeetingLanes(CudaLanePair):
     @contextmanager
     def decoding(self, decode_sms: int) -> Iterator[None]:
         with super().decoding(decode_sms):
+            runs, begun = self._prefill_runs, self._begun
             self._may_begin.set()
-            before = self._prefill_runs
             yield
-            self.seen["decode steps that met a prefill"] += before or self._prefill_runs
+            self.seen["decode steps that met a prefill"] += runs or self._begun > begun
 
     def give_way(self) -> None:
         self.seen["layers"] += 1
@@ -113,8 +115,8 @@ def lanes(request, monkeypatch):
             contexts.context = before
 
     monkeypatch.setattr(forward_context, "_forward_context", contexts)
-    monkeypatch.setattr(model_runner, "get_forward_context", lambda: contexts.context)
-    for module in (forward_context, model_runner):
+    monkeypatch.setattr(lane_state, "get_forward_context", lambda: contexts.context)
+    for module in (forward_context, runner):
         monkeypatch.setattr(module, "override_forward_context", override_forward_context)
     turn = threading.Lock()
     for name in NOT_FOR_TWO_THREADS:

@@ -19,8 +19,8 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_duet.lanes.serial import SerialLanePair, Timing
-from vllm_duet.model_runner import DuetCPUModelRunner
 from vllm_duet.scheduler import MAX_FAILURES, DuetScheduler
+from vllm_duet.worker.cpu import DuetCPUModelRunner
 
 MARK = 511
 """A token that no other prompt has: the forward pass of a prompt with it fails."""
@@ -162,25 +162,25 @@ def test_steps_are_whole_after_a_few_failures(roomy, vllm_log):
 
 def test_an_error_that_shows_up_later_names_the_lanes(roomy, arrivals, monkeypatch):
     """As of a kernel: the host learns of it when it waits for the tokens."""
-    launched, stock = [], DuetCPUModelRunner._run_prefill
+    joined, stock = [], DuetCPUModelRunner._sample_prefill
 
     class Broken:
         def get_output(self) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def run_prefill(runner, forward, state):
-        stock(runner, forward, state)
-        launched.append(True)
+    def sample_prefill(runner, prefill):
+        stock(runner, prefill)
+        joined.append(True)
         return Broken()
 
-    monkeypatch.setattr(DuetCPUModelRunner, "_run_prefill", run_prefill)
+    monkeypatch.setattr(DuetCPUModelRunner, "_sample_prefill", sample_prefill)
     try:
         with pytest.raises(RuntimeError, match="illegal memory access") as raised:
             serve(roomy, arrivals, "late", 2, mode="split")
     finally:
         roomy.discard()
     said = "There was a prefill on a lane of 116 SMs, beside a decode lane of 16."
-    assert launched and said in raised.value.__notes__
+    assert joined and said in raised.value.__notes__
 
 
 def test_a_device_that_does_not_go_on_stops_the_engine(roomy, arrivals, monkeypatch):

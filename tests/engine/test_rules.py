@@ -17,10 +17,10 @@ from engine.workloads import cache_filling, in_flight, tokens
 from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from vllm_duet.model_runner import LaneCheck
 from vllm_duet.plan import Join, StepDirective
 from vllm_duet.policy import DECODE_LANE
 from vllm_duet.scheduler import DuetScheduler
+from vllm_duet.worker.lane_state import LaneCheck
 
 HOLD_STEPS = 8
 """Long enough for every decode to cross a block boundary beside the prefill."""

@@ -24,13 +24,14 @@ def register() -> None:
     """Called by vLLM in each of its processes, the worker's among them."""
     import torch
 
-    from vllm_duet.model_runner import DuetModelRunnerMixin, RecordedForward
+    from vllm_duet.worker.lane_state import RecordedForward
+    from vllm_duet.worker.runner import DuetModelRunnerMixin
 
     stock = DuetModelRunnerMixin._run_prefill
 
-    def run_prefill(runner: Any, forward: RecordedForward, state: Any) -> Any:
+    def run_prefill(runner: Any, lanes: Any, forward: RecordedForward) -> Any:
         if (forward.inputs["input_ids"] == MARK).any():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return stock(runner, forward, state)
+        return stock(runner, lanes, forward)
 
     DuetModelRunnerMixin._run_prefill = run_prefill  # type: ignore[method-assign]

@@ -73,10 +73,6 @@ class FakeStream:
     def wait_event(self, event: FakeEvent) -> None:
         self.cuda.after[self.queue("wait")].append(event.operation)
 
-    def wait_stream(self, other: FakeStream) -> None:
-        if other.last is not None:
-            self.cuda.after[self.queue("wait")].append(other.last)
-
 
 class FakeCuda:
     """With ``at_once``, what is queued has run as soon as it is queued."""

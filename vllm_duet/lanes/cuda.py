@@ -14,10 +14,12 @@ Who keeps what alive: torch's allocator gives a freed tensor's memory to the nex
 is made on the same stream, whatever other streams still read it. What a prefill reads
 was made in ``preparing``, so it is referenced until the result has been taken; what is
 prepared after that comes after the prefill on the device, by way of the caller's stream.
-What the prefill makes, it makes on its own stream, where the next one follows it. Its
-result is the caller's to keep until it has been read.
+What the prefill makes, it makes on its own stream, where the next one follows it; its
+result is recorded for the caller's stream, which reads it while the next one may already run.
 
-How busy a lane was, events on its stream tell, before and after what it was given.
+How busy a lane was, events on its stream tell, before and after what it was given. Those of
+decode steps are used again and again: making an event can wait for the context's lock, which
+a thread that launches kernels holds.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ class CudaLanePair(LanePair):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="duet-prefill")
         self._slices = slices
         self._decoded: deque[_Span] = deque()
+        self._from_caller = cuda.Event()
+        self._spare_events: list[Any] = []
         self._forked: Any = None
         self._prepared: Any = None  # the last time; decode steps wait for it
         self._ready: Any = None  # until the launch that it was for
@@ -90,7 +94,8 @@ class CudaLanePair(LanePair):
         with ExitStack() as undo:
             splits = {}
             for sms in decode_sms:
-                splits[sms] = undo.enter_context(SmSplit.create(sms, index))
+                split = SmSplit.create(sms, index, num_splits=len(decode_sms))
+                splits[sms] = undo.enter_context(split)
             pair = cls(splits, device, slices)
             undo.pop_all()
         return pair
@@ -100,10 +105,12 @@ class CudaLanePair(LanePair):
         if decode_sms not in self.decode_streams:
             raise LaneError(f"There is no decode lane of {decode_sms} SMs.")
         lane, caller = self.decode_streams[decode_sms], cuda.current_stream(self._device)
-        lane.wait_stream(caller)
+        # A wait is for what was recorded last before it, so one event serves every step.
+        caller.record_event(self._from_caller)
+        lane.wait_event(self._from_caller)
         if self._prepared is not None:
             lane.wait_event(self._prepared)
-        began = _timed_event(lane)
+        began = self._timed_event(lane)
         try:
             with cuda.stream(lane):
                 yield
@@ -111,13 +118,20 @@ class CudaLanePair(LanePair):
             error.add_note(f"In the decode lane of {decode_sms} SMs.")
             raise
         finally:
-            self._decoded.append(_Span(began, _timed_event(lane)))
-            caller.wait_stream(lane)
+            ended = self._timed_event(lane)
+            self._decoded.append(_Span(began, ended))
+            caller.wait_event(ended)
+
+    def _timed_event(self, stream: Any) -> Any:
+        event = self._spare_events.pop() if self._spare_events else cuda.Event(enable_timing=True)
+        return stream.record_event(event)
 
     def decode_busy_ms(self) -> float:
         busy_ms = 0.0
         while self._decoded and self._decoded[0].end.query():
-            busy_ms += self._decoded.popleft().ms()
+            span = self._decoded.popleft()
+            busy_ms += span.ms()
+            self._spare_events += span
         return busy_ms
 
     def fork(self) -> None:
@@ -153,7 +167,7 @@ class CudaLanePair(LanePair):
         if self._last_prefill is not None:
             lane.wait_event(self._last_prefill)
         outcome: Future[T] = Future()
-        began = _timed_event(lane)
+        began = lane.record_event(cuda.Event(enable_timing=True))
         try:
             with cuda.stream(lane):
                 outcome.set_result(prefill())
@@ -161,7 +175,7 @@ class CudaLanePair(LanePair):
             error.add_note(f"In the prefill lane of {prefill_sms} SMs.")
             outcome.set_exception(error)
         # What was queued before a failure runs all the same.
-        self._last_prefill = _timed_event(lane)
+        self._last_prefill = lane.record_event(cuda.Event(enable_timing=True))
         return _Queued(outcome, _Span(began, self._last_prefill))
 
     def give_way(self) -> None:
@@ -192,10 +206,6 @@ class CudaLanePair(LanePair):
         with ExitStack() as release:
             for split in splits:
                 release.callback(split.release)
-
-
-def _timed_event(stream: Any) -> Any:
-    return stream.record_event(cuda.Event(enable_timing=True))
 
 
 class _Span(NamedTuple):
@@ -234,10 +244,13 @@ class _Launched(InFlight[T]):
         wait([self._started])
 
     def result(self) -> T:
-        queued = self._started.result()
-        cuda.current_stream(self._device).wait_event(queued.busy.end)
+        queued, caller = self._started.result(), cuda.current_stream(self._device)
+        caller.wait_event(queued.busy.end)
         self._prefill = None
-        return queued.outcome.result()
+        outcome = queued.outcome.result()
+        if isinstance(outcome, torch.Tensor) and outcome.is_cuda:
+            outcome.record_stream(caller)
+        return outcome
 
     def busy_ms(self) -> float:
         busy = self._started.result().busy

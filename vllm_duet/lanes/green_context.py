@@ -163,10 +163,18 @@ class SmSplit:
         self._undo = undo
 
     @classmethod
-    def create(cls, decode_sms: int, device: int = 0, *, separate_work_queues: bool = True) -> Self:
+    def create(
+        cls,
+        decode_sms: int,
+        device: int = 0,
+        *,
+        separate_work_queues: bool = True,
+        num_splits: int = 1,
+    ) -> Self:
         """Split ``device``, torch's index of it, and give ``decode_sms`` of its SMs to decode.
 
-        ``separate_work_queues=False`` leaves the work queues shared.
+        ``separate_work_queues=False`` leaves the work queues shared. ``num_splits`` is how
+        many splits of the device will be there at once: their groups share its work queues.
 
         Raises:
             GreenContextError: what ``sm_limits`` raises; ``decode_sms`` is none of
@@ -174,7 +182,7 @@ class SmSplit:
         """
         gpu = _Device(device)
         group, remainder = gpu.split_for(decode_sms)
-        queues = gpu.separate_work_queues() if separate_work_queues else []
+        queues = gpu.separate_work_queues(2 * num_splits) if separate_work_queues else []
         undo: _Undo = []
         with _taken_back_on_failure(undo):
             with gpu.primary_context():
@@ -280,8 +288,8 @@ class _Device:
             )
         return split
 
-    def separate_work_queues(self) -> list[Any]:
-        """The resource by which green contexts get work queues of their own.
+    def separate_work_queues(self, num_contexts: int) -> list[Any]:
+        """The resource by which each of ``num_contexts`` green contexts gets queues of its own.
 
         Empty where the bindings or the driver are older than it.
         """
@@ -300,7 +308,7 @@ class _Device:
         config.sharingScope = scopes.CU_WORKQUEUE_SCOPE_GREEN_CTX_BALANCED
         # The device's limit is all it has (CUDA_DEVICE_MAX_CONNECTIONS): two contexts
         # that both expected as many could not be kept apart.
-        config.wqConcurrencyLimit = max(1, config.wqConcurrencyLimit // 2)
+        config.wqConcurrencyLimit = max(1, config.wqConcurrencyLimit // num_contexts)
         return [queues]
 
     @contextmanager
