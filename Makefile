@@ -18,23 +18,25 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODEL  := $(VENV)/share/smollm2-135m-instruct
+PLAIN  := .venv-plain
 
 VLLM   ?= 0.33.0
 OTHER  := .venv-$(VLLM)
 
 .PHONY: test check quick test-vllm demo lint format clean
 
-test: lint $(MODEL)
+test: lint $(MODEL) $(PLAIN)/.ready
 	$(BIN)/pytest $(ARGS)
 
 check: test
 
 quick: lint
-	$(BIN)/pytest --ignore=tests/engine --ignore=tests/http $(ARGS)
+	$(BIN)/pytest --ignore=tests/engine --ignore=tests/http \
+	  --ignore=tests/plain_cpu $(ARGS)
 
 test-vllm: $(OTHER)/.swapped $(MODEL)
 	$(OTHER)/bin/python -m pytest --ignore=tests/roofline --ignore=tests/calibration \
-	  --ignore=tests/lanes $(ARGS)
+	  --ignore=tests/lanes --ignore=tests/plain_cpu $(ARGS)
 
 demo: $(READY) $(MODEL)
 	@$(BIN)/python examples/demo.py --port $(PORT)
@@ -62,6 +64,12 @@ $(READY): setup.py requirements.txt tests/triton_interpreter/setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	@touch $@
+
+# vLLM's CPU build as users have it, without the tests' Triton shim.
+$(PLAIN)/.ready: $(READY)
+	rm -rf $(PLAIN) && cp --archive --link $(VENV) $(PLAIN)
+	$(PLAIN)/bin/python -m pip uninstall --yes --quiet vllm-duet-triton-interpreter
 	@touch $@
 
 $(OTHER)/.swapped: tests/other_vllm.py | $(READY)

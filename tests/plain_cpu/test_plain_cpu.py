@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's CPU build as a user has it: without the Triton shim that the other tests install.
+
+Model Runner V2 cannot run there, so no step can be split: vLLM's own runner serves, and
+prompts are capped where there is a forecast. The servers are those of ``.venv-plain``,
+which ``make`` copies from ``.venv`` and takes the shim out of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+from cpu_server import VllmServer, duet_options
+from prometheus_client.parser import text_string_to_metric_families
+from streaming import Request, answers, connect, make_request
+
+import vllm_duet
+from vllm_duet.roofline import Batch, GpuProfile, ModelShape, Roofline
+
+PYTHON = Path(__file__).parents[2] / ".venv-plain/bin/python"
+LIMITS = "--dtype float32 --max-model-len 1024 --max-num-batched-tokens 256 --max-num-seqs 16"
+OF_THE_SHIM = ("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
+
+
+class PlainServer(VllmServer):
+    python = str(PYTHON)
+    machine_environment: ClassVar = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_what_the_shim_needs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OF_THE_SHIM:
+            patch.delenv(name, raising=False)
+        yield
+
+
+def slow_gpu(folder: Path) -> Path:
+    """The profile of a GPU on which the tokens of a tiny model's prompt take milliseconds."""
+    profile = yaml.safe_load(
+        (Path(vllm_duet.__file__).parent / "profiles/h100-sxm.yaml").read_text()
+    )
+    profile["peak_flops"] = {dtype: rate * 1e-4 for dtype, rate in profile["peak_flops"].items()}
+    path = folder / "slow.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    return path
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, PlainServer]]:
+    """Stock vLLM; vllm-duet with nothing but its scheduler; and with a forecast and a bound
+    that a full budget of prompt tokens breaks."""
+    from engine.harness import make_tiny_model
+
+    model = make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
+    profile = slow_gpu(tmp_path_factory.mktemp("profile"))
+    shape = ModelShape.from_hf_config(json.loads((model / "config.json").read_text()))
+    roofline = Roofline(shape, GpuProfile.load(profile))
+    decodes, mixed = (
+        roofline.predict(Batch(queries, [0] * len(queries)), roofline.profile.num_sms).ms
+        for queries in ([1] * 4, [1] * 4 + [252])
+    )
+    capped = duet_options(
+        gpu_profile=str(profile), tbt_slo_ms=(decodes + mixed) / 2, correction=False
+    )
+    options = {
+        "stock": ["--enforce-eager"],
+        "default": ["--scheduler-cls", "vllm_duet.DuetScheduler"],
+        "capped": ["--enforce-eager", *capped],
+    }
+    with ExitStack() as stack:
+        started = {
+            name: stack.enter_context(
+                PlainServer(model, ["--skip-tokenizer-init", *LIMITS.split(), *own])
+            )
+            for name, own in options.items()
+        }
+        for server in started.values():
+            server.wait_until_ready()
+        yield started
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    rng = random.Random(4)
+    return [
+        make_request(rng, prompt, tokens)
+        for prompt, tokens in [(20, 90), (33, 80), (700, 12), (9, 60), (400, 20), (150, 1)] * 3
+    ]
+
+
+async def served(server: PlainServer, requests: list[Request]) -> list[list[int]]:
+    async with connect(server.url) as client:
+        return await answers(client, requests)
+
+
+async def steps(server: PlainServer) -> dict[str, float]:
+    async with connect(server.url) as client:
+        text = (await client.get("/metrics")).text
+    return {
+        sample.labels["mode"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "vllm_duet:steps_total"
+    }
+
+
+@pytest.mark.parametrize("name", ["default", "capped"])
+async def test_tokens_are_stocks(servers, requests, name: str) -> None:
+    expected = await served(servers["stock"], requests)
+    assert await served(servers[name], requests) == expected
+    assert [len(tokens) for tokens in expected] == [request.max_tokens for request in requests]
+
+
+async def test_prompts_are_capped_where_there_is_a_forecast(servers, requests) -> None:
+    await served(servers["capped"], requests)
+    taken = await steps(servers["capped"])
+    assert taken["capped"] > 0 and not taken["split"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("default", "vllm-duet leaves every step to vLLM: there is no GPU profile for 'cpu'"),
+        ("capped", "vllm-duet does not split here: Model Runner V2 is off."),
+    ],
+)
+def test_one_line_of_the_log_says_so(servers, name: str, said: str) -> None:
+    lines = [line for line in servers[name].log(10_000).splitlines() if "vllm-duet" in line]
+    assert len(lines) == 1 and said in lines[0]
+
+
+def test_the_gpus_worker_is_not_imported() -> None:
+    """And the runner is vLLM's own, which the engine's process shows."""
+    shown = subprocess.run(
+        [PYTHON, Path(__file__).parent / "show_engine.py"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    )
+    assert shown.stdout.splitlines()[-2:] == [
+        "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+        "vllm_duet.worker vllm_duet.worker.cpu vllm_duet.worker.lane_state vllm_duet.worker.runner",
+    ], shown.stderr
