@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +20,10 @@ from vllm_duet.roofline import (
     ModelShape,
     OperatorTime,
     Roofline,
+    kernels,
 )
 from vllm_duet.roofline.kernels import step_times
+from vllm_duet.roofline.operators import FEATURES
 
 SMS = 132
 BATCHES = st.lists(
@@ -431,3 +437,39 @@ def test_quick_summaries_equal_summarize(config: dict[str, Any]) -> None:
         theirs = roofline.summarize(batch)
         for field in fields(theirs):
             assert getattr(ours, field.name) == getattr(theirs, field.name)
+
+
+def test_compiled_code_knows_the_rows_of_the_features() -> None:
+    """Its constants are its own, since Numba's cache would not notice if FEATURES changed."""
+    rows = {
+        name: row
+        for name, row in vars(kernels).items()
+        if name.startswith("_") and name[1:].isupper() and isinstance(row, int)
+    }
+    named = {"_" + name.removesuffix("_touched").upper(): i for i, name in enumerate(FEATURES)}
+    assert len(rows) == 10 and rows == {name: named[name] for name in rows}
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_compiled_code_is_kept_for_the_next_start(tmp_path: Path, writable: bool) -> None:
+    """In processes of their own, with an empty cache; or where Numba finds no folder for one."""
+    nowhere = "" if writable else "caching.CacheImpl._locator_classes = []"
+    code = f"""
+from numba.core import caching
+{nowhere}
+from vllm_duet.roofline.kernels import combined
+print(combined(1.0, 2.0, 0.5), sum(getattr(combined, "stats").cache_hits.values()))
+"""
+    shown = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        )
+        for _ in range(2)
+    ]
+    assert [run.stdout.split() for run in shown] == [
+        ["2.5", "0"],
+        ["2.5", "1" if writable else "0"],
+    ], shown[0].stderr

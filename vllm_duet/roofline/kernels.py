@@ -6,6 +6,10 @@ of them costs a call, and between two scheduler steps all of its code has left t
 CPU's caches; compiled, they are one call. predictor.py has the formulas' sources
 and builds the tables.
 
+Compiling takes seconds, so its result is kept on disk, for the next start of a server. Numba
+compiles anew when the file of a function has changed, and does not look at what the function
+uses: so a compiled function uses functions and constants of its own file alone.
+
 Tables, for K operators, F features and G SMs:
 
 * ``coefficients`` [3 K + 1, F]: K rows of compute time that is linear in the features, K
@@ -23,8 +27,6 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vllm_duet.roofline.operators import FEATURES
-
 Compiled = TypeVar("Compiled", bound=Callable[..., object])
 
 if TYPE_CHECKING:
@@ -32,12 +34,24 @@ if TYPE_CHECKING:
     def njit(function: Compiled) -> Compiled: ...
 
 else:
-    from numba import njit
+    import numba
+
+    def njit(function):
+        try:
+            return numba.njit(function, cache=True)
+        except RuntimeError:  # neither this folder nor the user's cache can be written to
+            return numba.njit(function)
+
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Features = tuple[float, ...]
 Times = tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]
+
+(_STEP, _TOKENS, _SAMPLED), _HAS_PREFILL = range(3), 7
+_PREFILL_TOKENS, _PREFILL_PAIRS, _PREFILL_KV_TOKENS = range(8, 11)
+_PREFILL_WINDOW_PAIRS, _PREFILL_WINDOW_KV_TOKENS, _EXPERTS = range(11, 14)
+"""Rows of FEATURES in operators.py."""
 
 TINY_MS = 1e-12
 """Stands in for a time of zero, where its numerator is zero too."""
@@ -201,31 +215,3 @@ def capped_totals(
     sms = np.full(sizes.size, by_sms.shape[1] - 1)
     found[0] = step_times(coefficients, per_operator, by_sms, features, sms)[4]
     return found
-
-
-(
-    _STEP,
-    _TOKENS,
-    _SAMPLED,
-    _HAS_PREFILL,
-    _PREFILL_TOKENS,
-    _PREFILL_PAIRS,
-    _PREFILL_KV_TOKENS,
-    _PREFILL_WINDOW_PAIRS,
-    _PREFILL_WINDOW_KV_TOKENS,
-    _EXPERTS,
-) = (
-    FEATURES.index(name)
-    for name in (
-        "step",
-        "tokens",
-        "sampled",
-        "has_prefill",
-        "prefill_tokens",
-        "prefill_pairs",
-        "prefill_kv_tokens",
-        "prefill_window_pairs",
-        "prefill_window_kv_tokens",
-        "experts_touched",
-    )
-)
