@@ -25,6 +25,8 @@ from vllm_duet.calibration.session import git_commit  # noqa: E402
 from vllm_duet.doctor import Machine  # noqa: E402
 
 RESULTS = ROOT / "eval" / "results" / "gpu"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+"""A model is a folder here, and a GPU machine may reach nothing else."""
 ON_GPU = bool(Machine.inspect().gpus)
 
 
@@ -42,7 +44,7 @@ def environment(**extra: str) -> Iterator[dict[str, str]]:
             paths.append(folder)
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         cpu = {} if ON_GPU else ENVIRONMENT
-        yield {"PYTHONPATH": os.pathsep.join(paths), **cpu, **extra}
+        yield {"PYTHONPATH": os.pathsep.join(paths), **OFFLINE, **cpu, **extra}
 
 
 def duet_section(more: str) -> dict[str, Any]:

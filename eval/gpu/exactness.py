@@ -9,8 +9,16 @@ and then, in rounds, to DuetScheduler with a random plan at every step (``mode=r
 each engine in a process of its own. A step under a plan has another batch than stock's, so
 tokens can be equal only where a token does not depend on who shares its batch.
 Batch-invariant kernels give that (the default on a GPU, VLLM_BATCH_INVARIANT=1), and mostly
-float32 does (``--dtype float32 --no-batch-invariant``). Stock with another token budget is
-the control: where it differs from stock, the settings decide nothing.
+float32 does (``--dtype float32 --no-batch-invariant``).
+
+Two controls say whether the comparison means anything. Stock with another token budget: where
+it differs from stock, a token depends on who shares its batch. Stock with noise written into
+its KV cache half-way: where that changes no token, a wrong KV cache would go unnoticed. vLLM
+draws dummy weights so small that it would, so they are drawn anew here.
+
+Batch-invariant kernels also turn off compilation and FlashAttention's scheduling ahead of
+time. ``--compiled`` adds rounds as vLLM serves by default, for which tokens may differ a
+little from stock's, as stock's do under another budget: the table has both.
 
 ``--race-hunt`` repeats the comparison with VLLM_DUET_CHECK=1, which verifies and poisons the
 prefill lane's buffers, until its time is over.
@@ -39,6 +47,11 @@ from rich.table import Table
 
 EQUAL, DIFFERENT, UNDECIDED = 0, 1, 3
 MAX_MODEL_LEN = 4096
+NOISY_STEP = 12
+"""The step before which noise is written: some requests decode by then."""
+WEIGHT_GAIN = 2.0
+"""How much larger than it would keep its input a product of drawn weights makes it, so that
+attention prefers some tokens to others."""
 MOST_TOKENS_A_STEP, STEPS_FOR_PROMPTS = 1024, 8
 """So prompts are cut into chunks, and meet decodes. The control cuts them elsewhere."""
 
@@ -63,6 +76,12 @@ def main(
         float, typer.Option(metavar="SECONDS", help="Repeat, checked, until this is over.")
     ] = 0.0,
     scale: Annotated[float, typer.Option(help="Of prompt lengths; small for a CPU.")] = 1.0,
+    compiled: Annotated[
+        bool, typer.Option(help="Also compare as vLLM serves by default; on a GPU only.")
+    ] = engines.ON_GPU,
+    seconds: Annotated[
+        float, typer.Option(help="After which no further engine starts; results are kept.")
+    ] = 3600.0,
     duet_config: Annotated[str, typer.Option(help="More options of vllm-duet, as JSON.")] = "{}",
     out: Annotated[Path, typer.Option(dir_okay=False)] = engines.RESULTS / "exactness.json",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
@@ -99,42 +118,56 @@ def main(
         duet = engines.duet_section(duet_config) | {"mode": "random", "seed": seed}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    with engines.environment(**variables) as environment:
-        try:
-            [stock] = serve(engine, work, environment, "stock vLLM")
-            other = engine | {"max_num_batched_tokens": max(requests, budget * 5 // 8)}
-            [control] = serve(other, work, environment, "stock vLLM, another token budget")
-        except RuntimeError as error:
-            typer.echo(f"Stock vLLM failed:\n{error}", err=True)
-            raise typer.Exit(DIFFERENT) from None
-        if race_hunt:
-            environment["VLLM_DUET_CHECK"] = "1"
-        rows: list[dict[str, Any]] = []
-        answers = serve(
-            engine,
-            work,
-            environment,
-            "random plans",
-            {"duet": duet},
-            1 if race_hunt else rounds,
-            race_hunt,
-        )
-        try:
-            for found in answers:
-                row = compare(stock["tokens"], found["tokens"])
-                rows.append({**row, "steps_by_mode": found["steps_by_mode"]})
-        except RuntimeError as error:
-            rows.append({"error": str(error)})
-    result = {
+    result: dict[str, Any] = {
         "provenance": engines.provenance(),
         "engine": engine,
         "environment": variables,
         "duet": duet,
-        "control": compare(stock["tokens"], control["tokens"]),
-        "runs": rows,
+        "runs": [],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+
+    def save() -> None:
+        # After each engine: what has been found stays if the next one takes too long.
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+    end_s = time.monotonic() + seconds
+    other = engine | {"max_num_batched_tokens": max(requests, budget * 5 // 8)}
+
+    def legs(environment: dict[str, str], into: dict[str, Any], rounds: int) -> None:
+        """Stock, its control, and rounds of random plans, while there is time."""
+        [stock] = serve(engine, work, environment, "stock vLLM")
+        [control] = serve(other, work, environment, "stock vLLM, another token budget")
+        into["control"] = compare(stock["tokens"], control["tokens"])
+        save()
+        if into is result:
+            [noisy] = serve(engine, work, environment, "a KV cache of noise", noise=True)
+            into["noisy"] = compare(stock["tokens"], noisy["tokens"])
+            save()
+        if race_hunt:
+            environment = environment | {"VLLM_DUET_CHECK": "1"}
+        answers = serve(
+            engine, work, environment, "random plans", {"duet": duet}, rounds, race_hunt
+        )
+        try:
+            for found in answers:
+                row = compare(stock["tokens"], found["tokens"])
+                into["runs"].append({**row, "steps_by_mode": found["steps_by_mode"]})
+                save()
+        except RuntimeError as error:
+            into["runs"].append({"error": str(error)})
+            save()
+
+    with engines.environment(**variables) as environment:
+        try:
+            legs(environment, result, 1 if race_hunt else rounds)
+            if compiled and batch_invariant and not race_hunt and time.monotonic() < end_s:
+                environment.pop("VLLM_BATCH_INVARIANT")
+                result["compiled"] = {"runs": []}
+                legs(environment, result["compiled"], min(rounds, 3))
+        except RuntimeError as error:
+            typer.echo(f"Stock vLLM failed:\n{error}", err=True)
+            raise typer.Exit(DIFFERENT) from None
     raise typer.Exit(report(result, requests))
 
 
@@ -172,11 +205,13 @@ def serve(
     additional_config: dict[str, Any] | None = None,
     rounds: int = 1,
     seconds: float = 0.0,
+    noise: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """``tokens`` of each request and ``steps_by_mode``, of every round of a new engine.
 
     As many as ``rounds``, and more while they begin within ``seconds``. The engine runs in a
-    process of its own. With ``additional_config`` the scheduler is DuetScheduler.
+    process of its own. With ``additional_config`` the scheduler is DuetScheduler. With
+    ``noise`` the KV cache is overwritten half-way.
 
     Raises:
         RuntimeError: it failed, after the rounds that there were; the end of what it said.
@@ -191,6 +226,7 @@ def serve(
                     "additional_config": additional_config,
                     "rounds": rounds,
                     "seconds": seconds,
+                    "noise": noise,
                 }
             )
         )
@@ -210,6 +246,7 @@ def serve(
 def child(task_file: str, answers_file: str) -> None:
     """In a process of its own: serve all requests at once, round after round."""
     from vllm import LLM, SamplingParams
+    from vllm.model_executor.model_loader import dummy_loader
 
     from vllm_duet.metrics import steps_by_mode
 
@@ -218,8 +255,13 @@ def child(task_file: str, answers_file: str) -> None:
     if task["additional_config"] is not None:
         options["scheduler_cls"] = "vllm_duet.DuetScheduler"
         options["additional_config"] = task["additional_config"]
+    # Before vLLM packs or quantises them.
+    dummy_loader.initialize_dummy_weights = lambda model, *_, **__: draw_weights(model)
     llm = LLM(**options)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    if task["noise"]:
+        write_noise(runner, step=NOISY_STEP)
     before: Counter[str] = Counter()
     end_s, rounds = time.monotonic() + task["seconds"], 0
     with Path(answers_file).open("w") as answers:
@@ -240,6 +282,40 @@ def child(task_file: str, answers_file: str) -> None:
             assert llm.reset_prefix_cache()
 
 
+def draw_weights(model: Any) -> None:
+    """Weights by which a token depends on all of its context; the same in every process.
+
+    Those of a quantised checkpoint stay as they are.
+    """
+    import torch
+
+    with torch.no_grad():
+        for number, (name, weight) in enumerate(sorted(model.named_parameters())):
+            if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                continue
+            if weight.ndim < 2:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            generator = torch.Generator(weight.device).manual_seed(number)
+            spread = 1.0 if "embed" in name else WEIGHT_GAIN / weight.shape[-1] ** 0.5
+            weight.normal_(0.0, spread, generator=generator)
+
+
+def write_noise(runner: Any, step: int) -> None:
+    """Have the KV cache overwritten before the ``step``-th step from now."""
+    stock, left = runner.execute_model, step
+
+    def execute_model(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            for cache in runner.kv_caches:
+                cache.normal_() if cache.is_floating_point() else cache.random_(0, 64)
+        return stock(*args, **kwargs)
+
+    runner.execute_model = execute_model
+
+
 def compare(expected: Sequence[list[int]], found: Sequence[list[int]]) -> dict[str, Any]:
     """How many requests are equal, and where the others part: (request, token)."""
     parts = []
@@ -254,7 +330,11 @@ def report(result: dict[str, Any], requests: int) -> int:
     """Print the table, and return the exit code."""
     table = Table("round", "equal", "first difference", "steps by mode")
     control, runs = result["control"], result["runs"]
-    rows = [("stock again", control), *((f"round {n}", row) for n, row in enumerate(runs))]
+    rows = [("stock again", control), ("noise in the KV cache", result["noisy"])]
+    rows += ((f"round {n}", row) for n, row in enumerate(runs))
+    if "compiled" in result:
+        rows.append(("compiled: stock again", result["compiled"]["control"]))
+        rows += ((f"compiled: round {n}", row) for n, row in enumerate(result["compiled"]["runs"]))
     for name, row in rows:
         if "error" in row:
             table.add_row(name, "failed", row["error"].splitlines()[-1], "")
@@ -267,13 +347,19 @@ def report(result: dict[str, Any], requests: int) -> int:
             " ".join(f"{mode}:{n}" for mode, n in row.get("steps_by_mode", {}).items() if n),
         )
     Console(width=120).print(table)
-    if any("error" in row for row in runs):
+    if any("error" in row for _, row in rows):
         typer.echo("A run failed.")
         return DIFFERENT
     if control["parts_at"]:
         typer.echo(
             "Stock vLLM differs from itself under another token budget: with these settings a"
             " token depends on who shares its batch, and this decides nothing."
+        )
+        return UNDECIDED
+    if not result["noisy"]["parts_at"]:
+        typer.echo(
+            "Noise in the KV cache changes no token: with these weights a wrong KV cache would"
+            " go unnoticed, and this decides nothing."
         )
         return UNDECIDED
     if not any(row["steps_by_mode"].get("split") for row in runs):
