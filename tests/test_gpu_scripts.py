@@ -201,7 +201,7 @@ def verdict(
     control: list[list[int]],
     runs: list[list[list[int]] | None],
     split: int,
-    noisy: Sequence[list[int]] = ([9, 9, 9], [4, 5]),
+    spoiled: Sequence[list[int]] = ([9, 9, 9], [4, 5]),
 ) -> int:
     stock = [[1, 2, 3], [4, 5]]
     rows = [
@@ -212,7 +212,7 @@ def verdict(
     ]
     controls = {
         "control": exactness.compare(stock, control),
-        "noisy": exactness.compare(stock, noisy),
+        "spoiled": exactness.compare(stock, spoiled),
     }
     return exactness.report(controls | {"runs": rows}, 2)
 
@@ -227,7 +227,7 @@ def test_the_verdict_is_the_exit_code() -> None:
     # What decides nothing is not passed off as equal.
     assert verdict(other, [equal], split=5) == exactness.UNDECIDED
     assert verdict(equal, [equal], split=0) == exactness.UNDECIDED
-    assert verdict(equal, [equal], split=5, noisy=equal) == exactness.UNDECIDED
+    assert verdict(equal, [equal], split=5, spoiled=equal) == exactness.UNDECIDED
 
 
 def test_requests_are_the_same_every_time_and_share_prefixes() -> None:

@@ -12,8 +12,8 @@ Batch-invariant kernels give that (the default on a GPU, VLLM_BATCH_INVARIANT=1)
 float32 does (``--dtype float32 --no-batch-invariant``).
 
 Two controls say whether the comparison means anything. Stock with another token budget: where
-it differs from stock, a token depends on who shares its batch. Stock with noise written into
-its KV cache half-way: where that changes no token, a wrong KV cache would go unnoticed. vLLM
+it differs from stock, a token depends on who shares its batch. Stock with its KV cache
+spoiled half-way: where that changes no token, a wrong KV cache would go unnoticed. vLLM
 draws dummy weights so small that it would, so they are drawn anew here.
 
 Batch-invariant kernels also turn off compilation and FlashAttention's scheduling ahead of
@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,8 +47,8 @@ from rich.table import Table
 
 EQUAL, DIFFERENT, UNDECIDED = 0, 1, 3
 MAX_MODEL_LEN = 4096
-NOISY_STEP = 12
-"""The step before which noise is written: some requests decode by then."""
+SPOILED_STEP = 12
+"""The step before which the KV cache is spoiled: some requests decode by then."""
 WEIGHT_GAIN = 2.0
 """How much larger than it would keep its input a product of drawn weights makes it, so that
 attention prefers some tokens to others."""
@@ -141,8 +141,10 @@ def main(
         into["control"] = compare(stock["tokens"], control["tokens"])
         save()
         if into is result:
-            [noisy] = serve(engine, work, environment, "a KV cache of noise", noise=True)
-            into["noisy"] = compare(stock["tokens"], noisy["tokens"])
+            [spoiled] = serve(
+                engine, work, environment, "stock vLLM, its KV cache spoiled", spoiled=True
+            )
+            into["spoiled"] = compare(stock["tokens"], spoiled["tokens"])
             save()
         if race_hunt:
             environment = environment | {"VLLM_DUET_CHECK": "1"}
@@ -205,13 +207,13 @@ def serve(
     additional_config: dict[str, Any] | None = None,
     rounds: int = 1,
     seconds: float = 0.0,
-    noise: bool = False,
+    spoiled: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """``tokens`` of each request and ``steps_by_mode``, of every round of a new engine.
 
     As many as ``rounds``, and more while they begin within ``seconds``. The engine runs in a
     process of its own. With ``additional_config`` the scheduler is DuetScheduler. With
-    ``noise`` the KV cache is overwritten half-way.
+    ``spoiled`` the KV cache is made wrong half-way.
 
     Raises:
         RuntimeError: it failed, after the rounds that there were; the end of what it said.
@@ -226,7 +228,7 @@ def serve(
                     "additional_config": additional_config,
                     "rounds": rounds,
                     "seconds": seconds,
-                    "noise": noise,
+                    "spoiled": spoiled,
                 }
             )
         )
@@ -255,13 +257,15 @@ def child(task_file: str, answers_file: str) -> None:
     if task["additional_config"] is not None:
         options["scheduler_cls"] = "vllm_duet.DuetScheduler"
         options["additional_config"] = task["additional_config"]
-    # Before vLLM packs or quantises them.
-    dummy_loader.initialize_dummy_weights = lambda model, *_, **__: draw_weights(model)
+    # vLLM packs and quantises weights once they are drawn.
+    dummy_loader.initialize_single_dummy_weight = Weights(
+        dummy_loader.initialize_single_dummy_weight
+    ).draw
     llm = LLM(**options)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    if task["noise"]:
-        write_noise(runner, step=NOISY_STEP)
+    if task["spoiled"]:
+        spoil_cache(runner, step=SPOILED_STEP)
     before: Counter[str] = Counter()
     end_s, rounds = time.monotonic() + task["seconds"], 0
     with Path(answers_file).open("w") as answers:
@@ -282,27 +286,33 @@ def child(task_file: str, answers_file: str) -> None:
             assert llm.reset_prefix_cache()
 
 
-def draw_weights(model: Any) -> None:
+class Weights:
     """Weights by which a token depends on all of its context; the same in every process.
 
-    Those of a quantised checkpoint stay as they are.
+    Those that are not floating-point are left to ``stock``.
     """
-    import torch
 
-    with torch.no_grad():
-        for number, (name, weight) in enumerate(sorted(model.named_parameters())):
-            if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                continue
-            if weight.ndim < 2:
-                weight.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            generator = torch.Generator(weight.device).manual_seed(number)
-            spread = 1.0 if "embed" in name else WEIGHT_GAIN / weight.shape[-1] ** 0.5
-            weight.normal_(0.0, spread, generator=generator)
+    def __init__(self, stock: Callable[..., Any]) -> None:
+        self._stock = stock
+        self._drawn = 0
+
+    def draw(self, weight: Any, *args: Any, **kwargs: Any) -> None:
+        import torch
+
+        floats = (torch.bfloat16, torch.float16, torch.float32)
+        if weight.dtype not in floats or hasattr(weight, "dummy_weight_value"):
+            self._stock(weight, *args, **kwargs)
+        elif weight.ndim < 2:
+            weight.data.fill_(1.0)  # of norms
+        else:
+            generator = torch.Generator(weight.device).manual_seed(self._drawn)
+            spread = WEIGHT_GAIN / weight.shape[-1] ** 0.5
+            weight.data.normal_(0.0, spread, generator=generator)
+        self._drawn += 1
 
 
-def write_noise(runner: Any, step: int) -> None:
-    """Have the KV cache overwritten before the ``step``-th step from now."""
+def spoil_cache(runner: Any, step: int) -> None:
+    """Have the KV cache negated before the ``step``-th step from now: wrong, by its own size."""
     stock, left = runner.execute_model, step
 
     def execute_model(*args: Any, **kwargs: Any) -> Any:
@@ -310,7 +320,7 @@ def write_noise(runner: Any, step: int) -> None:
         left -= 1
         if left == 0:
             for cache in runner.kv_caches:
-                cache.normal_() if cache.is_floating_point() else cache.random_(0, 64)
+                cache.neg_() if cache.is_floating_point() else cache.bitwise_not_()
         return stock(*args, **kwargs)
 
     runner.execute_model = execute_model
@@ -330,7 +340,7 @@ def report(result: dict[str, Any], requests: int) -> int:
     """Print the table, and return the exit code."""
     table = Table("round", "equal", "first difference", "steps by mode")
     control, runs = result["control"], result["runs"]
-    rows = [("stock again", control), ("noise in the KV cache", result["noisy"])]
+    rows = [("stock again", control), ("KV cache spoiled", result["spoiled"])]
     rows += ((f"round {n}", row) for n, row in enumerate(runs))
     if "compiled" in result:
         rows.append(("compiled: stock again", result["compiled"]["control"]))
@@ -356,9 +366,9 @@ def report(result: dict[str, Any], requests: int) -> int:
             " token depends on who shares its batch, and this decides nothing."
         )
         return UNDECIDED
-    if not result["noisy"]["parts_at"]:
+    if not result["spoiled"]["parts_at"]:
         typer.echo(
-            "Noise in the KV cache changes no token: with these weights a wrong KV cache would"
+            "A spoiled KV cache changes no token: with these weights a wrong KV cache would"
             " go unnoticed, and this decides nothing."
         )
         return UNDECIDED
