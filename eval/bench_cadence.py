@@ -6,7 +6,8 @@ steps that bring tokens. On the fake GPU (tests/fake_gpu) kernels take no time, 
 Python's and CUDA's host side; on a GPU it has the device's time in it, too.
 
 Each variant is an engine of its own, in a process of its own, and measures both phases; the
-table compares within one engine. Run it in an environment of vLLM's CUDA build:
+table compares within one engine. It also has the seconds that the engine took to start; the
+first start compiles what later ones find on disk. Run it in an environment of vLLM's CUDA build:
 
     make bench-cadence          # on the fake GPU; writes eval/results/cadence.json
     python eval/bench_cadence.py --out cadence.json   # on a GPU
@@ -73,7 +74,7 @@ def main(
 def measure(
     duet: dict[str, Any], is_duet: bool, steps: int, compiled: bool
 ) -> dict[str, dict[str, float]]:
-    """Quantiles of the gaps in ms, of one engine, by phase."""
+    """Of one engine: quantiles of the gaps in ms by phase, and the seconds of its start."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     options: dict[str, Any] = dict(
@@ -90,7 +91,9 @@ def measure(
         options["scheduler_cls"] = "vllm_duet.DuetScheduler"
         section = {"cuda_lanes": True, "mode": "split", "gpu_profile": "h100-sxm", **duet}
         options["additional_config"] = {"duet": section}
+    began = time.perf_counter()
     engine = LLM(str(MODEL), **options).llm_engine
+    start_s = time.perf_counter() - began
     rng, sent = np.random.default_rng(0), 0
 
     def send(name: str, prompt_len: int, max_tokens: int) -> None:
@@ -130,16 +133,17 @@ def measure(
     return {
         phase: {f"p{q}": float(np.percentile(gaps, q)) for q in QUANTILES}
         for phase, gaps in phases.items()
-    }
+    } | {"start": {"s": start_s}}
 
 
 def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
     table = Table("variant", "phase", *(f"p{q} ms" for q in QUANTILES))
     for name, phases in results.items():
-        for phase, gaps in phases.items():
-            table.add_row(name, phase, *(f"{gaps[f'p{q}']:.2f}" for q in QUANTILES))
+        for phase in ("alone", "beside"):
+            table.add_row(name, phase, *(f"{phases[phase][f'p{q}']:.2f}" for q in QUANTILES))
         ratios = [phases["beside"][f"p{q}"] / phases["alone"][f"p{q}"] for q in QUANTILES]
-        table.add_row(name, "ratio", *(f"{ratio:.2f}" for ratio in ratios), end_section=True)
+        table.add_row(name, "ratio", *(f"{ratio:.2f}" for ratio in ratios))
+        table.add_row(name, f"start {phases['start']['s']:.0f} s", end_section=True)
     Console().print(table)
 
 
