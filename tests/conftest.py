@@ -14,9 +14,16 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_PLUGINS", "duet")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# For vLLM's CUDA build, in an environment of its own: tests/fake_gpu/README.md.
+collect_ignore = ["gpu"]
+
 # The first example pays for Numba's compilation.
 settings.register_profile("duet", deadline=None)
 settings.load_profile("duet")
+
+
+# In an environment of their own: make test-gpu.
+collect_ignore = ["gpu"]
 
 
 @pytest.fixture
