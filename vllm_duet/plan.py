@@ -60,12 +60,15 @@ class PrefillLaunch:
 
     ``launch_id`` grows by one with every launch and names the prefill in the
     join. ``output`` is a SchedulerOutput that holds only the prefill requests.
+    ``after_decode``: it reads KV blocks that this step's decode part writes, and so has to
+    run after it. Otherwise it may run beside it.
     """
 
     launch_id: int
     output: Any
     decode_sms: int
     prefill_sms: int
+    after_decode: bool = False
 
 
 class Join(StrEnum):
@@ -83,8 +86,9 @@ class StepDirective:
 
     It travels as the attribute ``duet`` of a SchedulerOutput; a step without
     that attribute is a stock step. On a split step, ``launch`` is set and the
-    SchedulerOutput itself holds only the decode requests. Prefills join in the order
-    of their launches; with both ``launch`` and ``join``, the launch comes first.
+    SchedulerOutput itself holds only the decode requests. There may be none of them beside
+    a prefill in flight. Prefills join in the order of their launches; with both ``launch``
+    and ``join``, the launch comes first.
     """
 
     launch: PrefillLaunch | None = None
@@ -135,6 +139,11 @@ def _prefill_rows(scheduler_output: Any) -> list[int]:
     ]
 
 
+def has_prefill(scheduler_output: Any) -> bool:
+    """Whether a step computes any prompt."""
+    return bool(scheduler_output.scheduled_new_reqs) or bool(_prefill_rows(scheduler_output))
+
+
 def batch_of(scheduler_output: Any) -> tuple[list[int], list[int], list[int]]:
     """The batch as a policy wants it: the decodes' context lengths [num_decodes],
     the prefills' query lengths [num_prefills] and context lengths [num_prefills]."""
@@ -157,13 +166,12 @@ def split_output(scheduler_output: Any) -> tuple[Any, Any] | None:
     part, which the runner executes first: finished and preempted requests,
     blocks to zero, copy-on-write copies, encoder outputs to free.
 
-    Returns ``None`` when one of the parts would be empty.
+    The decode part may be empty. Returns ``None`` when the prefill part would be.
     """
     tokens = scheduler_output.num_scheduled_tokens
     cached = scheduler_output.scheduled_cached_reqs
     prefill_rows = _prefill_rows(scheduler_output)
-    prefills = len(prefill_rows) + len(scheduler_output.scheduled_new_reqs)
-    if prefills in (0, len(tokens)):
+    if not prefill_rows and not scheduler_output.scheduled_new_reqs:
         return None
     prefill_tokens = {cached.req_ids[i]: tokens[cached.req_ids[i]] for i in prefill_rows}
     for request in scheduler_output.scheduled_new_reqs:

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """DuetScheduler: vLLM's AsyncScheduler that may leave a prefill in flight.
 
-What may live here: asking the policy, splitting a step, and the bookkeeping of
-the one prefill in flight. The decision itself is policy.py's, its execution
-model_runner.py's.
+What may live here: asking the policy, splitting a step, and joining a prefill. The
+decision itself is policy.py's, its execution model_runner.py's; what a prefill keeps
+while it is in flight is in_flight.py's.
 
 A step goes one of three ways through ``schedule``:
 
 * nothing is waiting to be prefilled: the stock step, untouched;
 * decodes and prefill compete: the policy decides, and a SPLIT takes the prefill
   requests out of the stock step and leaves them in flight;
-* a prefill is in flight: a stock step of the decodes alone.
+* a prefill is in flight: a stock step of the decodes alone, which may launch newcomers
+  to follow it. Prompt tokens are then computed by a launch and never by the step itself.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -34,6 +36,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_duet.config import DuetConfig
 from vllm_duet.forecast import NoForecastError, lane_profile, roofline_for
+from vllm_duet.in_flight import InFlightPrefill, KVBlocks
 from vllm_duet.metrics import DuetCounters, DuetTotals
 from vllm_duet.plan import (
     MAX_IN_FLIGHT,
@@ -44,6 +47,7 @@ from vllm_duet.plan import (
     PrefillLaunch,
     StepDirective,
     batch_of,
+    has_prefill,
     split_output,
     without_requests,
 )
@@ -76,25 +80,6 @@ FORCED_CAP = 256
 """The prefill tokens of mode=capped."""
 
 
-@dataclass(slots=True)
-class InFlightPrefill:
-    """A prefill between its launch and its join.
-
-    ``started_at`` is when its lane could begin with it. ``finished`` are requests of it
-    that ended meanwhile, as by an abort; their KV blocks and request rows are given back
-    at the join.
-    """
-
-    launch_id: int
-    output: SchedulerOutput
-    plan: DuetPlan
-    started_at: float
-    finished: list[Request] = field(default_factory=list)
-
-    def __contains__(self, request: Request) -> bool:
-        return request.request_id in self.output.num_scheduled_tokens
-
-
 class DuetScheduler(AsyncScheduler):
     """Runs prefill and decode side by side when the forecast says it pays.
 
@@ -113,6 +98,8 @@ class DuetScheduler(AsyncScheduler):
         learns = self.duet_config.correction and self.duet_config.mode == "auto"
         self._step_times = StepTimes(StepTimeCorrection() if learns else None)
         self._policy = make_policy(self.duet_config, vllm_config, self._step_times.correction)
+        self._kv_blocks = KVBlocks(self.kv_cache_manager, self.kv_cache_config)
+        self._num_capped_decodes = 0
         self._in_flight: list[InFlightPrefill] = []
         self._held: list[Request] = []
         """Kept out of ``running`` while prefills are in flight: their requests, and any
@@ -221,10 +208,22 @@ class DuetScheduler(AsyncScheduler):
         budget = self.max_num_scheduled_tokens
         if tokens is not None:
             self.max_num_scheduled_tokens = min(budget, num_decodes + tokens)
+            self._num_capped_decodes = num_decodes
         try:
             yield
         finally:
+            self.max_num_scheduled_tokens, self._num_capped_decodes = budget, 0
+
+    def _mamba_block_aligned_split(self, *args: Any, **kwargs: Any) -> int:
+        # It asks whether a whole block fits into one step, where a prompt that is shorter
+        # than a block goes unaligned. In a capped step the decodes' tokens are not for it.
+        budget = self.max_num_scheduled_tokens
+        self.max_num_scheduled_tokens -= self._num_capped_decodes
+        try:
+            tokens: int = super()._mamba_block_aligned_split(*args, **kwargs)
+        finally:
             self.max_num_scheduled_tokens = budget
+        return tokens
 
     # Splitting
 
@@ -234,12 +233,16 @@ class DuetScheduler(AsyncScheduler):
         """Take the prefill out of ``output`` and leave it in flight.
 
         The first ``num_decodes`` requests of ``running`` were decoding before this step.
-        Returns the decode step, or ``None`` when this step has to stay whole.
+        Returns the decode step, or ``None`` when this step has to stay whole. Beside a
+        prefill in flight the decode step may have nothing to decode.
         """
         parts = split_output(output)
         if parts is None:
             return None
         decode, prefill = parts
+        behind = bool(self._in_flight)
+        if not behind and not decode.num_scheduled_tokens:
+            return None
         if not all(_can_be_in_flight(self.requests[i]) for i in prefill.num_scheduled_tokens):
             return None
         # The decodes that were running are still the first, unless one was preempted.
@@ -249,18 +252,33 @@ class DuetScheduler(AsyncScheduler):
             in_flight = request.request_id in prefill.num_scheduled_tokens
             (self._held if in_flight or request.is_prefill_chunk else decodes).append(request)
         self.running = decodes
-        launch = PrefillLaunch(self.totals.launched, prefill, plan.decode_sms, plan.prefill_sms)
+        launch = PrefillLaunch(
+            self.totals.launched,
+            prefill,
+            plan.decode_sms,
+            plan.prefill_sms,
+            after_decode=self._reads_what_is_decoded(prefill, decode),
+        )
         self._in_flight.append(
             InFlightPrefill(launch.launch_id, prefill, plan, self._step_times.clock())
         )
-        behind = len(self._in_flight) > 1
         self.totals.launched += 1
         self.totals.steps[Mode.SPLIT] += 1
-        decode.duet = StepDirective(
-            launch=launch, join=Join.IF_DONE if behind else None, decode_sms=plan.decode_sms
-        )
+        join = None
+        if behind:
+            join = Join.IF_DONE if decode.num_scheduled_tokens else Join.WAIT
+        decode.duet = StepDirective(launch=launch, join=join, decode_sms=plan.decode_sms)
         self._step_times.scheduled(decode, DECODE_LANE)
         return decode
+
+    def _reads_what_is_decoded(self, prefill: SchedulerOutput, decode: SchedulerOutput) -> bool:
+        """Whether ``prefill`` finds a block in the prefix cache that ``decode`` completes.
+
+        vLLM registers such a block while it schedules the decode, and may admit a request
+        that finds it within the same call.
+        """
+        found = self._kv_blocks.read_from_cache(prefill)
+        return bool(found) and not found.isdisjoint(self._kv_blocks.completed_by(decode))
 
     def _schedule_beside(self, prefill: InFlightPrefill) -> SchedulerOutput:
         """A decode step while ``prefill`` is the last in flight.
@@ -283,6 +301,8 @@ class DuetScheduler(AsyncScheduler):
         return self._beside(output, prefill)
 
     def _beside(self, output: SchedulerOutput, prefill: InFlightPrefill) -> SchedulerOutput:
+        # Nobody was admitted, and whoever is partly computed is held.
+        assert not has_prefill(output), "prompt tokens beside a prefill in flight"
         join, forecast_ms = Join.WAIT, 0.0
         if output.total_num_scheduled_tokens:
             join, forecast_ms = Join.IF_DONE, prefill.plan.tbt_ms
@@ -295,12 +315,17 @@ class DuetScheduler(AsyncScheduler):
         """The plan for newcomers as the next prefill on the lane, where there is to be one.
 
         Only newcomers: a prompt in flight has its rows updated when its chunk is joined.
+        So nobody follows while a prompt is partly computed, or newcomers would overtake it
+        for ever.
         """
         if len(self._in_flight) == MAX_IN_FLIGHT or not self.waiting or not self.running:
             return None
         if self._policy is None or self._pause_state is not PauseState.UNPAUSED:
             return None
-        if self.kv_holding_waiting or self._ends_later(prefill):
+        if self.kv_holding_waiting or self._inflight_prefills or self._ends_later(prefill):
+            return None
+        if any(other.left for other in self._in_flight):
+            # Their rows are taken until the join, and their ids may be those of newcomers.
             return None
         rooms = self.max_num_active_reqs - len(self.running) - len(self._held)
         if rooms <= 0 or not all(map(_can_be_in_flight, self.waiting)):
@@ -364,10 +389,10 @@ class DuetScheduler(AsyncScheduler):
         assert prefill.launch_id == joined.launch_id
         held, self._held = self._held, []
         if joined.error is None:
-            decoding = sum(request in prefill and not request.is_prefill_chunk for request in held)
+            decoding = sum(r.request_id in prefill and not r.is_prefill_chunk for r in held)
             self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.started_at, decoding)
         for request in held:
-            behind = any(request in other for other in self._in_flight)
+            behind = any(request.request_id in other for other in self._in_flight)
             stays = behind or (self._in_flight and request.is_prefill_chunk)
             (self._held if stays else self.running).append(request)
         for other in self._in_flight:
@@ -375,16 +400,16 @@ class DuetScheduler(AsyncScheduler):
         if joined.error is not None:
             outputs = self._fail(prefill, joined.error)
         else:
-            finished = {request.request_id for request in prefill.finished}
             self._joining = True
             try:
                 outputs = super().update_from_output(
-                    without_requests(prefill.output, finished), joined.output
+                    without_requests(prefill.output, prefill.finished), joined.output
                 )
             finally:
                 self._joining = False
-        for request in prefill.finished:
-            super()._free_request(request)
+        self._kv_blocks.free_left(prefill)
+        # The model runner gives their rows back before it runs the next step.
+        self.finished_req_ids |= prefill.left.keys()
         return outputs
 
     def _fail(self, prefill: InFlightPrefill, error: str) -> dict[int, EngineCoreOutputs]:
@@ -393,12 +418,13 @@ class DuetScheduler(AsyncScheduler):
         The prefix cache has its blocks as if they had been written.
         """
         failed = set(prefill.output.num_scheduled_tokens)
-        unwritten = set[int]().union(*self._written_by(prefill.output).values())
+        unwritten = set[int]().union(*(self._kv_blocks.written(prefill, i) for i in failed))
+        failed -= prefill.finished
         for behind in self._in_flight:
-            for request_id, written in self._written_by(behind.output).items():
-                if unwritten & self._blocks_of(request_id):
+            for request_id in behind.output.num_scheduled_tokens.keys() - behind.left.keys():
+                if unwritten & self._kv_blocks.of(request_id):
                     failed.add(request_id)
-                    unwritten |= written
+                    unwritten |= self._kv_blocks.written(behind, request_id)
         self.kv_cache_manager.evict_blocks(unwritten)
         requests = self.finish_requests(failed, RequestStatus.FINISHED_ERROR)
         logger.error("vllm-duet: %d requests failed. %s", len(requests), error)
@@ -419,35 +445,35 @@ class DuetScheduler(AsyncScheduler):
             )
         return outputs
 
-    def _written_by(self, output: SchedulerOutput) -> dict[str, set[int]]:
-        """The KV blocks that each request of a prefill writes to."""
-        cached = output.scheduled_cached_reqs
-        begins = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        begins |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        return {request_id: self._blocks_of(request_id, n) for request_id, n in begins.items()}
+    # Leaving a prefill in flight
 
-    def _blocks_of(self, request_id: str, begin: int = 0) -> set[int]:
-        """The KV blocks with tokens of a request from position ``begin`` on."""
-        by_group = self.kv_cache_manager.get_block_ids(request_id)
-        blocks = {
-            block
-            for group, ids in zip(self.kv_cache_config.kv_cache_groups, by_group, strict=True)
-            for block in ids[begin // group.kv_cache_spec.block_size :]
-        }
-        # Stands for what has left a sliding window, of everybody.
-        return blocks - {self.kv_cache_manager.block_pool.null_block.block_id}
+    def _in_flight_with(self, request_id: str) -> InFlightPrefill | None:
+        return next((prefill for prefill in self._in_flight if request_id in prefill), None)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        prefill = self._in_flight_with(request.request_id) if self._in_flight else None
+        if prefill is None or request.request_id in prefill.left:
+            super()._free_request_blocks(request)
+            return
+        # The lane still reads and writes them.
+        self._kv_blocks.leave(prefill, request)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        if request in self._held:
-            self._held.remove(request)
-            for prefill in self._in_flight:
-                if request in prefill:
-                    # The lane still reads and writes its blocks and its row.
-                    prefill.finished.append(request)
-                    return None, None
-        return super()._free_request(request, delay_free_blocks)
+        freed = super()._free_request(request, delay_free_blocks)
+        if self._in_flight:
+            self._held = [other for other in self._held if other is not request]
+            if (prefill := self._in_flight_with(request.request_id)) is not None:
+                # Its row is in use, or that of an earlier request of the same id.
+                prefill.finished.add(request.request_id)
+                self.finished_req_ids.discard(request.request_id)
+        return freed
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        if self._in_flight and self._in_flight_with(request.request_id) is not None:
+            self.reset_preempted_req_ids.discard(request.request_id)
 
     # What vLLM asks of a scheduler, counting what is in flight
 
@@ -471,10 +497,13 @@ class DuetScheduler(AsyncScheduler):
     def reset_prefix_cache(
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
-        if self._in_flight:
-            logger.warning("The prefix cache was not reset: a prefill is in flight. Try again.")
-            return False
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        if reset_running_requests:
+            # As vLLM preempts who is running. What the lane computes for them is dropped.
+            while self._held:
+                request = self._held.pop()
+                self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        with self._kv_blocks.only_of_requests(self._in_flight):
+            return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
 
 def _can_be_in_flight(request: Request) -> bool:

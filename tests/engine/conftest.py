@@ -75,3 +75,20 @@ def full_cache(tiny_model):
         tiny_model, "vllm_duet.DuetScheduler", num_gpu_blocks_override=9, max_model_len=224
     )
     return Engine(llm)
+
+
+@pytest.fixture(scope="session")
+def few_rows(tiny_model, async_scheduling):
+    """The GPU's asynchronous loop with four request rows, so that they run out."""
+    from engine.harness import Engine, make_llm
+
+    with async_scheduling():
+        llm = make_llm(
+            tiny_model,
+            "vllm_duet.DuetScheduler",
+            num_gpu_blocks_override=60,
+            max_model_len=512,
+            max_num_batched_tokens=96,
+            max_num_seqs=4,
+        )
+    return Engine(llm)

@@ -211,4 +211,4 @@ class Engine:
         assert not states.req_id_to_index
         assert sorted(states.free_indices) == list(range(states.max_num_reqs))
         assert not getattr(scheduler, "_in_flight", ()) and not getattr(scheduler, "_held", ())
-        assert not self.runner._in_flight
+        assert not getattr(self.runner, "_in_flight", ())

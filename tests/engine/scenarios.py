@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any, ClassVar
 
 import pytest
@@ -55,6 +56,13 @@ class CountingScheduler(DuetScheduler):
         self.seen["launches behind a prefill"] += len(self._in_flight) - in_flight
         return output
 
+    def _split(self, output, plan, num_decodes):
+        decode = super()._split(output, plan, num_decodes)
+        self.seen["launches without a decode"] += bool(
+            decode is not None and not decode.num_scheduled_tokens
+        )
+        return decode
+
     def _schedule_beside(self, prefill):
         output = super()._schedule_beside(prefill)
         decodes = output.total_num_scheduled_tokens
@@ -66,9 +74,12 @@ class CountingScheduler(DuetScheduler):
 def assert_blocks_kept(step: int, scheduler: Any) -> None:
     """Rule 1 of docs/design.md: no block of a prefill in flight is free."""
     for prefill in getattr(scheduler, "_in_flight", ()):
+        kept = [prefill.left.values()]
         for request_id in prefill.output.num_scheduled_tokens:
-            for group in scheduler.kv_cache_manager.get_blocks(request_id).blocks:
-                assert all(block.ref_cnt > 0 for block in group)
+            if request_id not in prefill.left:
+                kept.append(scheduler.kv_cache_manager.get_blocks(request_id).blocks)
+        for blocks in chain.from_iterable(kept):
+            assert all(block.ref_cnt > 0 for block in blocks)
 
 
 def serve(
@@ -88,13 +99,15 @@ def serve_on(
     engine: Engine,
     arrivals: Sequence[Arrival],
     scheduler_cls: type = CountingScheduler,
+    on_step: Callable[[int, Any], None] | None = None,
     **duet: Any,
 ) -> dict[str, Answer]:
     engine.runner.lanes.shutdown()
     engine.runner.lanes = lanes
     engine.vllm_config.additional_config = {"duet": duet}
-    checked = assert_blocks_kept if scheduler_cls is CountingScheduler else None
-    return engine.run(arrivals, scheduler_cls, checked)
+    if scheduler_cls is CountingScheduler and on_step is None:
+        on_step = assert_blocks_kept
+    return engine.run(arrivals, scheduler_cls, on_step)
 
 
 def compare(stock: Answer, duet: Answer) -> None:

@@ -99,8 +99,9 @@ def test_who_relies_on_it_fails_too_and_nobody_else(roomy, arrivals, timing, vll
 class LeavesItInThePrefixCache(LaunchesBehind):
     """Forgets that a failed prefill has registered blocks."""
 
-    def _written_by(self, output) -> dict[str, set[int]]:
-        return {}
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._kv_blocks.written = lambda prefill, request_id: set()
 
 
 def test_what_is_left_in_the_prefix_cache_would_be_noticed(roomy, arrivals):
@@ -168,8 +169,8 @@ def test_an_error_that_shows_up_later_names_the_lanes(roomy, arrivals, monkeypat
         def get_output(self) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def sample_prefill(runner, prefill):
-        stock(runner, prefill)
+    def sample_prefill(runner, lanes, prefill):
+        stock(runner, lanes, prefill)
         joined.append(True)
         return Broken()
 

@@ -51,10 +51,7 @@ def noticed(engine, stock, arrivals, hold_steps, scheduler_cls=DuetScheduler) ->
 class GivesBlocksAway(DuetScheduler):
     """Frees an aborted request at once although its prefill is in flight."""
 
-    def _free_request(self, request, delay_free_blocks=False):
-        if request in self._held:
-            self._held.remove(request)
-        return AsyncScheduler._free_request(self, request, delay_free_blocks)
+    _free_request_blocks = AsyncScheduler._free_request_blocks
 
 
 @pytest.fixture
@@ -208,6 +205,24 @@ def test_same_prefix_as_in_flight(roomy, same_prefix):
     stock = roomy.run(same_prefix, AsyncScheduler)
     assert all_equal(stock, serve(roomy, same_prefix, "late", 6, mode="split"))
     assert noticed(roomy, stock, same_prefix, 6, AdmitsBesidePrefill)
+
+
+@pytest.mark.parametrize("engine", ["roomy", "few_rows"])
+def test_reset_while_a_prefill_is_in_flight(request, engine, same_prefix):
+    """All requests are computed anew, and nobody reads what was there before."""
+    engine = request.getfixturevalue(engine)
+    stock = engine.run(same_prefix, AsyncScheduler)
+    resets = []
+
+    def reset(step, scheduler):
+        if len(resets) < 2 and scheduler._in_flight and scheduler._held:
+            resets.append(engine.core.reset_prefix_cache(reset_running_requests=True))
+            for cache in engine.runner.kv_caches:
+                cache.uniform_(-3, 3)
+
+    duet = serve(engine, same_prefix, "late", 6, on_step=reset, mode="split")
+    assert resets and all(resets)
+    assert all_equal(stock, duet)
 
 
 # Streaming goes on: that is what the prefill is in flight for.

@@ -175,14 +175,13 @@ class SimulatedGpu:
         directive = directive_of(output)
         if directive is None:
             return self._whole(start, decodes, query_lens, context_lens)
+        launch_ms = 0.0
         if directive.launch is not None:
             launch_ms = self._launch(directive.launch, start, join_after)
-            end = self._decode(start, decodes, directive.decode_sms)
-            joins = directive.join is not None or join_after is not None
-            ran = self._join(end, wait=False) if joins else Ran(end)
-            return replace(ran, launch_cpu_ms=launch_ms)
         end = self._decode(start, decodes, directive.decode_sms) if decodes else start
-        return self._join(end, wait=directive.join is Join.WAIT)
+        joins = directive.join is not None or join_after is not None
+        ran = self._join(end, wait=directive.join is Join.WAIT) if joins else Ran(end)
+        return replace(ran, launch_cpu_ms=launch_ms)
 
     def _noise(self) -> float:
         return math.exp(self._random.gauss(0.0, self.truth.disturbances.noise))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_duet.in_flight import InFlightPrefill
 from vllm_duet.plan import DuetPlan, Mode
 from vllm_duet.policy import (
     IDLE,
@@ -29,7 +30,7 @@ from vllm_duet.roofline import (
     Roofline,
     StepTimeCorrection,
 )
-from vllm_duet.scheduler import DuetScheduler, InFlightPrefill
+from vllm_duet.scheduler import DuetScheduler
 from vllm_duet.sim.engine import SimulatedClock
 from vllm_duet.step_times import StepTimes
 

@@ -93,15 +93,16 @@ class DuetModelRunnerMixin:
         if directive is None:
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         assert self.lanes is not None
-        if directive.launch is not None and not _touches_blocks(scheduler_output):
+        launch = directive.launch
+        if launch and not launch.after_decode and not _touches_blocks(scheduler_output):
             self.lanes.fork()
         if self.needs_forward_context(scheduler_output, directive.decode_sms):
             self.wait_until_queued()
         with self.lanes.exclusive(), self.decoding(directive.decode_sms):
             output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if scheduler_output.total_num_scheduled_tokens == 0:
-            # No sampling will follow: this is the pure join step.
-            return self._join(output, directive.join)
+            # No sampling will follow: nothing is left to decode.
+            return self._launch_and_join(self.lanes, output, directive)
         return output
 
     def sample_tokens(
@@ -113,11 +114,8 @@ class DuetModelRunnerMixin:
         assert self.lanes is not None
         with self.lanes.exclusive(), self.decoding(directive.decode_sms):
             output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        if directive.launch is not None:
-            # After the decode step is queued, so that preparing the prefill
-            # does not hold it up.
-            self._launch(self.lanes, directive.launch)
-        return self._join(output, directive.join)
+        # After the decode step is queued, so that preparing a prefill does not hold it up.
+        return self._launch_and_join(self.lanes, output, directive)
 
     def needs_forward_context(self, scheduler_output: SchedulerOutput, decode_sms: int) -> bool:
         """Whether a step beside a prefill needs what the prefill may hold (rule 3).
@@ -132,6 +130,16 @@ class DuetModelRunnerMixin:
         return self.lanes.decoding(decode_sms)
 
     # The prefill: prepared at its launch, run by its lane, sampled at the join.
+
+    def _launch_and_join(
+        self,
+        lanes: LanePair,
+        step: ModelRunnerOutput | AsyncModelRunnerOutput | None,
+        directive: StepDirective,
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        if directive.launch is not None:
+            self._launch(lanes, directive.launch)
+        return self._join(lanes, step, directive.join)
 
     def _launch(self, lanes: LanePair, launch: PrefillLaunch) -> None:
         assert len(self._in_flight) < MAX_IN_FLIGHT
@@ -164,11 +172,10 @@ class DuetModelRunnerMixin:
         with use_workspace_lane(prefill_workspace_lane()), override_forward_context(context):
             return self.model(**forward.inputs)  # type: ignore[attr-defined, no-any-return]
 
-    def _sample_prefill(self, prefill: InFlightPrefill) -> AsyncModelRunnerOutput:
+    def _sample_prefill(self, lanes: LanePair, prefill: InFlightPrefill) -> AsyncModelRunnerOutput:
         """The stock sampling of a prefill that has run, on the caller's thread and stream."""
-        assert self.lanes is not None
         hidden_states = prefill.in_flight.result()
-        with self.lanes.exclusive():
+        with lanes.exclusive():
             self.execute_model_state = prefill.state._replace(hidden_states=hidden_states)
             try:
                 return super().sample_tokens(None)  # type: ignore[misc, no-any-return]
@@ -176,11 +183,13 @@ class DuetModelRunnerMixin:
                 self.execute_model_state = None
 
     def _join(
-        self, step: ModelRunnerOutput | AsyncModelRunnerOutput | None, join: Join | None
+        self,
+        lanes: LanePair,
+        step: ModelRunnerOutput | AsyncModelRunnerOutput | None,
+        join: Join | None,
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
         if not self._in_flight or join is None:
             return step
-        assert self.lanes is not None
         prefill = self._in_flight[0]
         with _named(prefill.launch):
             if join is Join.IF_DONE and not prefill.in_flight.done():
@@ -188,12 +197,12 @@ class DuetModelRunnerMixin:
         self._in_flight.popleft()
         assert step is not None
         try:
-            result, error = self._sample_prefill(prefill), None
+            result, error = self._sample_prefill(lanes, prefill), None
         except Exception as raised:
-            result, error = None, self._survived(self.lanes, raised, prefill.launch)
+            result, error = None, self._survived(lanes, raised, prefill.launch)
         if prefill.check is not None:
             prefill.check.verify(prefill.launch.launch_id)
-        return JoinedStep(step, prefill, result, error, self.lanes.decode_busy_ms())
+        return JoinedStep(step, prefill, result, error, lanes.decode_busy_ms())
 
     def _survived(self, lanes: LanePair, error: Exception, launch: PrefillLaunch) -> str:
         """What went wrong with a prefill, in a sentence, where the engine can go on without it.
