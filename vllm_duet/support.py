@@ -5,8 +5,8 @@ One list, LIMITS, for the scheduler and the worker, which ask it about their own
 for ``vllm-duet doctor``, which prints it. The checks work on any object with the
 fields of ``vllm.config.VllmConfig``; this file imports neither vLLM nor torch.
 
-What only the worker can find out, such as what the driver allows, it leaves on the
-VllmConfig as a LanesReport, where the scheduler, which is made later, finds it.
+What only the worker can find out, such as what the driver allows, it leaves here as a
+LanesReport, where the scheduler of the same process, which is made later, finds it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ MAX_GRAPHS = 24
 """CUDA graphs of a decode lane, each of another batch size. vLLM has about 50; a decode step
 takes its time to read weights and KV cache, and rows of padding have neither."""
 
-_LANES_REPORT = "duet_lanes"
+_reports: dict[str, LanesReport] = {}
+"""By the ``instance_id`` of a VllmConfig. Not on the VllmConfig itself: vLLM copies it, and raises
+where it has an attribute that is no field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +307,7 @@ class LanesReport:
 
 def report_lanes(vllm_config: Any, report: LanesReport) -> None:
     """Leave ``report`` for the scheduler of the same engine, in the same process."""
-    setattr(vllm_config, _LANES_REPORT, report)
+    _reports[vllm_config.instance_id] = report
 
 
 def reported_lanes(vllm_config: Any) -> LanesReport:
@@ -313,4 +315,4 @@ def reported_lanes(vllm_config: Any) -> LanesReport:
     if not _is_gpu(vllm_config):
         return LanesReport(most_decodes_beside(vllm_config))
     nothing = LanesReport(obstacle="the worker has made no lanes")
-    return getattr(vllm_config, _LANES_REPORT, nothing)
+    return _reports.get(vllm_config.instance_id, nothing)

@@ -64,6 +64,14 @@ class DuetWorker(Worker):  # type: ignore[misc]
             return DuetModelRunner(self.vllm_config, self.device)
         return super()._make_model_runner()
 
+    def sleep(self, level: int = 1) -> None:
+        runner = self.model_runner
+        if isinstance(runner, DuetModelRunner):
+            # Nothing may still be launched over the memory that vLLM is about to give back.
+            runner.wait_until_queued()
+            torch.cuda.synchronize(self.device)
+        super().sleep(level)
+
     def determine_available_memory(self) -> int:
         available: int = super().determine_available_memory()
         runner = self.model_runner
@@ -150,9 +158,11 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
                 self._refuse_shared_workspaces()
 
     def make_prefill_states(self) -> list[PrefillLaneState]:
+        states: list[PrefillLaneState] = []
         before = torch.cuda.memory_allocated(self.device)
-        states = super().make_prefill_states()
-        self._state_bytes = torch.cuda.memory_allocated(self.device) - before
+        with self._or_whole():
+            states = super().make_prefill_states()
+            self._state_bytes = torch.cuda.memory_allocated(self.device) - before
         return states
 
     def profile_cudagraph_memory(self) -> int:
