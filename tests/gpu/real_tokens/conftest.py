@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's CUDA build on a GPU that is not there, with kernels that compute.
+
+These tests run in an environment and with a preloaded library of their own, so ``make test``
+leaves them out. The engines are made once: each takes some 15 seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # kernels are tiny
+os.environ["TRITON_INTERPRET"] = "1"  # real_kernels.py runs Triton's kernels
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # Inductor's kernels would not compute
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+DECODE_SMS = (16, 64)
+DUET = {"cuda_lanes": True, "mode": "split", "decode_sms": list(DECODE_SMS)}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from engine.harness import make_tiny_model
+
+    folder = make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
+    from fake_gpu import real_kernels
+
+    import vllm_duet.plugin
+
+    real_kernels.switch_on()
+    vllm_duet.plugin.register()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llm_options() -> dict[str, Any]:
+    return dict(
+        enforce_eager=False,
+        compilation_config={
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+            "custom_ops": ["none"],
+        },
+        additional_config={"duet": DUET},
+    )
+
+
+@pytest.fixture(scope="session")
+def roomy(tiny_model, llm_options):
+    """Asynchronous scheduling, the default, first come first served, plenty of KV cache."""
+    from engine.harness import Engine, make_llm
+
+    return Engine(
+        make_llm(tiny_model, "vllm_duet.DuetScheduler", num_gpu_blocks_override=256, **llm_options)
+    )
+
+
+@pytest.fixture(scope="session")
+def cramped(tiny_model, llm_options):
+    """Priorities, and a KV cache that runs out."""
+    from engine.harness import Engine, make_llm
+
+    llm = make_llm(
+        tiny_model,
+        "vllm_duet.DuetScheduler",
+        num_gpu_blocks_override=18,
+        max_model_len=512,
+        max_num_batched_tokens=128,
+        scheduling_policy="priority",
+        **llm_options,
+    )
+    return Engine(llm)
+
+
+@pytest.fixture(scope="session")
+def full(tiny_model, llm_options):
+    """A KV cache of eight blocks, which ``workloads.cache_filling`` fills."""
+    from engine.harness import Engine, make_llm
+
+    llm = make_llm(
+        tiny_model,
+        "vllm_duet.DuetScheduler",
+        num_gpu_blocks_override=9,
+        max_model_len=224,
+        **llm_options,
+    )
+    return Engine(llm)
+
+
+@pytest.fixture(scope="session")
+def zeroing(tiny_model, llm_options):
+    """Zeroes new KV blocks, as vLLM does where layers of another kind share them."""
+    from engine.harness import Engine, make_llm
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    @contextmanager
+    def zeroed():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KVCacheConfig, "needs_kv_cache_zeroing", True)
+            yield
+
+    class ZeroingEngine(Engine):
+        def run(self, *args, **kwargs):
+            with zeroed():
+                return super().run(*args, **kwargs)
+
+    with zeroed():
+        llm = make_llm(
+            tiny_model, "vllm_duet.DuetScheduler", num_gpu_blocks_override=128, **llm_options
+        )
+    return ZeroingEngine(llm)
+
+
+@pytest.fixture(scope="session")
+def synchronous(tiny_model, llm_options):
+    """Without asynchronous scheduling."""
+    from engine.harness import Engine, make_llm
+
+    llm = make_llm(
+        tiny_model,
+        "vllm_duet.DuetScheduler",
+        num_gpu_blocks_override=64,
+        async_scheduling=False,
+        **llm_options,
+    )
+    return Engine(llm)
+
+
+@pytest.fixture(autouse=True)
+def kernels_raise():
+    """A kernel that fails has nobody to raise to but the test."""
+    from fake_gpu import real_kernels
+
+    yield
+    real_kernels.raise_errors()
+
+
+@pytest.fixture(autouse=True)
+def time_passes(monkeypatch):
+    """Who of the host's threads is ahead, and how far the device gets meanwhile, is drawn, too.
+
+    A prefill's thread may queue all of it before the engine's goes on; while the scheduler asks
+    whether a prefill is done, the device goes on for a while.
+    """
+    from fake_gpu import FakeGpu
+
+    from vllm_duet.lanes.cuda import CudaLanePair, _Launched
+
+    gpu, rng = FakeGpu(), random.Random(0)
+    stock_launch, stock_done = CudaLanePair.launch, _Launched.done
+
+    def launch(self, prefill, prefill_sms):
+        launched = stock_launch(self, prefill, prefill_sms)
+        if rng.random() < 0.7:
+            launched.wait_until_queued()
+        return launched
+
+    def done(self):
+        gpu.advance(rng.choice([0, 10, 50]))
+        return stock_done(self)
+
+    monkeypatch.setattr(CudaLanePair, "launch", launch)
+    monkeypatch.setattr(_Launched, "done", done)
