@@ -153,21 +153,34 @@ def test_the_legacy_stream_and_blocking_streams_wait_for_each_other(on_fake_gpu)
 
 
 def _polled() -> None:
-    cuda, log = Cuda(), []
-    stream, event = cuda.stream(), cuda.event()
+    cuda = Cuda()
+    stream, event, source = cuda.stream(), cuda.event(), cuda.pinned(200)
+    source.raw = bytes(range(200))
+    to = cuda.malloc(200)
     for i in range(200):
-        cuda.host(stream, lambda i=i: log.append(i))
+        cuda.copy(to + i, ctypes.addressof(source) + i, 1, stream)
     cuda.record(event, stream)
     polls = 0
     while not cuda.is_done(event):
-        assert len(log) < 200 or polls
         polls += 1
-    assert log == list(range(200))
+    assert cuda.read(to, 200) == bytes(range(200))
     assert 0 < polls < 2000
+
+
+def _polled_before_a_host_function() -> None:
+    cuda, log = Cuda(), []
+    stream, event = cuda.stream(), cuda.event()
+    cuda.host(stream, lambda: log.append("ran"))
+    cuda.record(event, stream)
+    # A query lets none run: whoever asks may hold a lock that the function needs.
+    assert not any(cuda.is_done(event) for _ in range(500)) and not log
+    FakeGpu().advance(1)
+    assert cuda.is_done(event) and log == ["ran"]
 
 
 def test_who_only_polls_gets_an_answer_in_the_end(on_fake_gpu):
     on_fake_gpu(_under_all_seeds, _polled.__name__, order="late")
+    on_fake_gpu(_polled_before_a_host_function, order="late")
 
 
 def _event_waited_for() -> None:

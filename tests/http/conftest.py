@@ -26,7 +26,7 @@ def hold_steps() -> int:
     return HOLD_STEPS
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # four servers take a third of a small machine's memory
 def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The addresses of servers of one model: stock vLLM, always split, random plans, and
     always split with a prefill lane that fails."""
