@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 else:
     import numba
+    from llvmlite.binding import ffi
+
+    # vLLM's CPU build takes vars() of all that any module holds, to find its Triton kernels, and
+    # ends where one is no dict: llvmlite's library would answer with a function of that name.
+    getattr(ffi.lib, "_fntab", {}).setdefault("__dict__", {})
 
     def njit(function):
         try:
