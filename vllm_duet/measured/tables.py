@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times of single kernels of vLLM on GPUs, measured by NVIDIA.
+
+They are the tables of aiconfigurator-core (Apache-2.0, on PyPI), one Parquet file for each GPU,
+operator and release of vLLM: microbenchmarks in CUDA graphs, on all SMs. This module finds
+and reads the files; what the columns mean for a model is for its callers to know.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+from packaging.version import Version
+
+SYSTEMS = {
+    "a100-sxm-80g": "a100_sxm",
+    "h100-sxm": "h100_sxm",
+    "h200": "h200_sxm",
+    "b200": "b200_sxm",
+    "b300": "b300_sxm",
+    "l40s": "l40s",
+    "rtx-pro-6000": "rtx_pro_6000_server",
+}
+"""Our profiles' names, and the names that the tables have for these GPUs."""
+
+Table = Literal[
+    "gemm",
+    "context_attention",
+    "generation_attention",
+    "mla_context_module",
+    "mla_generation_module",
+    "dsa_context_module",
+    "dsa_generation_module",
+    "moe",
+    "gdn",
+    "custom_allreduce",
+    "nccl",
+]
+
+
+class NotMeasuredError(LookupError):
+    """There is no such table for this GPU, or no tables at all; the message says which."""
+
+
+def release() -> str:
+    """Whose tables these are, for a file that is made from them.
+
+    Raises:
+        NotMeasuredError: aiconfigurator-core is not installed.
+    """
+    try:
+        return f"NVIDIA's aiconfigurator-core {metadata.version('aiconfigurator-core')}"
+    except metadata.PackageNotFoundError:
+        raise NotMeasuredError(
+            "measured operator times need aiconfigurator-core: pip install 'vllm-duet[measured]'"
+        ) from None
+
+
+def systems_folder() -> Path:
+    """The folder ``systems`` of aiconfigurator-core.
+
+    Raises:
+        NotMeasuredError: aiconfigurator-core is not installed.
+    """
+    release()
+    # Located, not imported: its __init__ loads a library of 8 MB.
+    found = metadata.distribution("aiconfigurator-core").locate_file("aiconfigurator_core/systems")
+    return Path(str(found))
+
+
+@functools.cache
+def read(gpu: str, table: Table) -> pd.DataFrame:
+    """The newest table of an operator on a GPU, ``gpu`` being a name in SYSTEMS.
+
+    Columns as in the file, but ``latency`` is ``ms``. ``kernel_source`` names the kernel that
+    vLLM chose for a case. ``attrs["source"]`` names tables, GPU, and release of vLLM. Callers
+    must not change what they get.
+
+    Raises:
+        NotMeasuredError: nobody has measured it.
+    """
+    if gpu not in SYSTEMS:
+        raise NotMeasuredError(
+            f"nothing is measured on {gpu}; on {', '.join(SYSTEMS)} something is"
+        )
+    folder = systems_folder() / "data" / SYSTEMS[gpu]
+    framework = "nccl" if table == "nccl" else "vllm"
+    files = sorted(
+        folder.glob(f"*/{framework}/*/{table}_perf.parquet"),
+        key=lambda file: Version(file.parent.name),
+    )
+    if not files:
+        raise NotMeasuredError(f"{release()} has no table {table} for {gpu}")
+    found = pd.read_parquet(files[-1]).rename(columns={"latency": "ms"})
+    of = "NCCL" if table == "nccl" else "vLLM"
+    found.attrs["source"] = f"{release()}, {SYSTEMS[gpu]}, {of} {files[-1].parent.name}"
+    return found
