@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_duet.doctor import Diagnosis, Machine
+from vllm_duet.roofline.hardware import MEASURED
 from vllm_duet.support import LIMITS
 from vllm_duet.version import __version__
 
@@ -111,7 +112,7 @@ def _print(diagnosis: Diagnosis, console: Console) -> None:
             f" compute capability {major}.{minor}",
         )
     if profile:
-        origin = "measured" if profile.measured else "from data sheets, not measured"
+        origin = MEASURED[profile.measured]
         facts.add_row("GPU profile", f"{profile.name}, {profile.num_sms} SMs, {origin}")
     if shape:
         facts.add_row(

@@ -18,6 +18,10 @@ WEIGHT_BYTES: Mapping[str, float] = {
     "float16": 2.0,
     "fp8": 1.0,
     "int8": 1.0,
+    # A 32-bit scale for each block of 128 by 128.
+    "fp8_block": 1.0 + 4.0 / 128**2,
+    # Four bits, and an 8-bit scale for each group of 16.
+    "nvfp4": 0.5 + 1.0 / 16,
     # Four bits, and a 16-bit scale for each group of 128.
     "int4": 0.5 + 2.0 / 128,
 }
@@ -240,7 +244,8 @@ class ModelShape:
     @property
     def compute_dtype(self) -> str:
         """What the linear layers multiply in: int4 weights are expanded first."""
-        return self.weight_dtype if self.weight_dtype in ("fp8", "int8") else self.activation_dtype
+        narrow = {"fp8": "fp8", "fp8_block": "fp8", "int8": "int8", "nvfp4": "nvfp4"}
+        return narrow.get(self.weight_dtype, self.activation_dtype)
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -326,7 +331,7 @@ def _weight_dtype(read: _Reader) -> str | None:
         return None
     method = quantization.get("quant_method")
     if method == "fp8":
-        return "fp8"
+        return "fp8_block" if quantization.get("weight_block_size") else "fp8"
     if method in ("awq", "gptq") and quantization.get("bits") == 4:
         return "int4"
     if method == "compressed-tensors":

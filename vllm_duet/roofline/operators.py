@@ -64,6 +64,10 @@ class Operator:
     products each; 0 columns means it is not one plain GEMM and is not quantised
     to tiles. ``reductions`` is how often a row is summed over in a ROWWISE operator.
     The elementwise arithmetic of ROWWISE and STREAM operators is not counted.
+
+    ``measured`` names the profile's table of factors for it. The table's first axis is
+    ``units_each`` times the feature ``units``; its second, where ``amount`` is a feature, is
+    that one over ``units``, a mean; the remaining axes are at ``at``.
     """
 
     name: str
@@ -77,6 +81,11 @@ class Operator:
     columns: int = 0
     depth: int = 0
     reductions: int = 0
+    measured: str = ""
+    units: str = ""
+    units_each: float = 1.0
+    amount: str = ""
+    at: tuple[float, ...] = ()
 
 
 def operators(shape: ModelShape, expert_tile_rows: int = 0) -> tuple[Operator, ...]:
@@ -118,6 +127,7 @@ def linear(
     ``quantized=False`` keeps the weights in the activations' dtype.
     """
     element = shape.weight_element_bytes if quantized else shape.activation_bytes
+    dtype = shape.weight_dtype if quantized else shape.activation_dtype
     return Operator(
         name,
         Kind.GEMM,
@@ -132,6 +142,9 @@ def linear(
         rows=rows,
         columns=fan_out,
         depth=fan_in,
+        measured=f"gemm {dtype if dtype != 'float16' else 'bfloat16'}",
+        units=rows,
+        at=(fan_out, fan_in),
     )
 
 
@@ -170,7 +183,6 @@ def grouped_attention(shape: ModelShape) -> list[Operator]:
         # Rows are heads here, short and many, so this is plain traffic.
         size = 2 * (q_width + kv_width) * shape.activation_bytes
         found.append(Operator("qk_norm", Kind.STREAM, layers, bytes={"tokens": size}))
-    found.append(kv_write(shape, 2 * kv_width))
     for window, count in (("", shape.num_full_layers), ("window_", shape.num_window_layers)):
         if count:
             found += [
@@ -207,7 +219,8 @@ def attention_prefill(shape: ModelShape, repeats: int, window: str = "") -> Oper
     """Causal attention of the requests with q_i > 1; compute bound as a rule.
 
     FLOPs = 4 h d sum_i q_i (c_i + (q_i + 1)/2): two products over each visible
-    (query, key) pair. Bytes = 2 g d sum_i (c_i + q_i) of KV, and Q and O. With
+    (query, key) pair. Bytes = 2 g d sum_i (c_i + q_i) of KV, and Q and O, and the new K and V
+    that are copied into their blocks, which is measured as part of it. With
     ``window="window_"`` pairs and KV are those inside the sliding window.
     """
     return _attention(shape, "prefill", f"prefill_{window}pairs", repeats, window)
@@ -223,19 +236,30 @@ def attention_decode(shape: ModelShape, repeats: int, window: str = "") -> Opera
 
 
 def _attention(shape: ModelShape, phase: str, pairs: str, repeats: int, window: str) -> Operator:
-    width = shape.local_heads * shape.head_dim
-    kv_size = 2 * shape.local_kv_heads * shape.head_dim * shape.kv_element_bytes
+    width, kv_width = shape.local_heads * shape.head_dim, shape.local_kv_heads * shape.head_dim
+    kv_write = 2 * kv_width * (shape.activation_bytes + shape.kv_element_bytes)
+    heads = shape.local_kv_heads if phase == "decode" else shape.local_heads
+    kv_dtype = "fp8" if shape.kv_element_bytes == 1 else "bfloat16"
     return Operator(
         f"attention_{phase}{'_window' if window else ''}",
         Kind.ATTENTION,
         repeats,
         flops={pairs: 4.0 * width},
         bytes={
-            f"{phase}_{window}kv_tokens": kv_size,
-            f"{phase}_tokens": 2 * width * shape.activation_bytes,
+            f"{phase}_{window}kv_tokens": 2 * kv_width * shape.kv_element_bytes,
+            f"{phase}_tokens": 2 * width * shape.activation_bytes + kv_write,
         },
         gate=f"has_{phase}",
         dtype=shape.activation_dtype,
+        measured=f"{phase} attention {'window ' if window else ''}{kv_dtype}",
+        units=f"{phase}_tokens",
+        units_each=heads,
+        amount=pairs,
+        at=(
+            shape.local_heads / shape.local_kv_heads,
+            shape.head_dim,
+            *([shape.sliding_window or 0] if window else []),
+        ),
     )
 
 

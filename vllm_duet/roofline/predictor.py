@@ -19,8 +19,12 @@ import numpy.typing as npt
 
 from vllm_duet.roofline.hardware import GpuProfile
 from vllm_duet.roofline.kernels import (
+    LENGTHS,
+    UNITS,
     Features,
+    Times,
     capped_totals,
+    measured_factors,
     pair_totals,
     plan_totals,
     step_times,
@@ -213,12 +217,14 @@ class Roofline:
 
     Source: design.md, "Roofline, in short", after DuetServe (arXiv 2511.04791):
     t(op) = max(FLOPs / C(S), bytes / B(S)) + overhead, summed over operators and
-    layers. Two refinements come from measured operators (see profiles/):
+    layers. Three refinements come from measured operators (see profiles/):
 
     * compute and memory time overlap only in part, t = max + u min, with
       u = ``unoverlapped``;
     * part of the compute comes in whole waves over the SMs: with W tiles, it is
-      ceil(W / S) times the time of one tile.
+      ceil(W / S) times the time of one tile;
+    * what is measured of an operator over this formula, on all SMs, is a factor of its time
+      on any number of them.
 
     Thread-safe: nothing changes after construction.
     """
@@ -245,7 +251,11 @@ class Roofline:
                     sms / (profile.num_sms * compute),
                 ]
             )
-        self._tables = (*self._compile(self.operators), by_sms)
+        self._tables = (
+            *self._compile(self.operators),
+            by_sms,
+            *self._lookups(self.operators),
+        )
         window = shape.sliding_window
         self._window = window if shape.num_window_layers else None
         if shape.experts:
@@ -263,11 +273,14 @@ class Roofline:
         profile, count = self.profile, len(ops)
         compute, rows, memory, overhead, link = (np.zeros((count, len(FEATURES))) for _ in range(5))
         columns, wave, unoverlapped = (np.zeros((count, 1)) for _ in range(3))
-        contention = np.full((count, 1), profile.contention)
+        contention, gaps = np.full((count, 1), profile.contention), np.zeros_like(overhead)
         self._flops = np.stack([op.repeats * _vector(op.flops) for op in ops])
         self._bytes = np.stack([op.repeats * _vector(op.bytes) for op in ops])
         for k, op in enumerate(ops):
             overhead[k, _FEATURE[op.gate]] = 1e-3 * op.repeats * _overhead_us(op, profile)
+            if op.kind is not Kind.STEP and op.measured not in profile.factors:
+                # What was measured was measured between others of its kind.
+                gaps[k, _FEATURE[op.gate]] = 1e-3 * op.repeats * profile.launch_gap_us
             if op.kind is Kind.LINK:
                 link[k] = 1e3 * self._bytes[k] / profile.link_bytes_per_s
             else:
@@ -287,12 +300,25 @@ class Roofline:
                 tile_flops = 2 * profile.tile_rows * profile.tile_columns * op.depth
                 tile_ms = 1e3 * tile_flops * profile.num_sms / flops_per_s
                 wave[k] = op.repeats * whole_waves * tile_ms
-        self._overhead, self._link = overhead, link
-        fixed = (overhead + link).sum(axis=0, keepdims=True)
+        self._overhead, self._link, self._gaps = overhead, link, gaps
         return (
-            np.vstack([compute, rows, memory, fixed]),
+            np.vstack([compute, rows, memory, overhead + link, gaps.sum(axis=0)]),
             np.hstack([columns, wave, unoverlapped, contention]).T.copy(),
         )
+
+    def _lookups(self, ops: Sequence[Operator]) -> tuple[IntArray, FloatArray]:
+        """The tables ``lookups`` and ``factors`` of kernels.py."""
+        lookups, found, start = np.full((len(ops), 3), -1), [np.empty(0)], 0
+        for k, op in enumerate(ops):
+            table = self.profile.factors.get(op.measured)
+            if table is None:
+                continue
+            lengths = (LENGTHS,) if op.amount else ()
+            factors = table.at(UNITS * op.units_each, *lengths, *op.at)
+            lookups[k] = _FEATURE[op.units], _FEATURE.get(op.amount, -1), start
+            found.append(factors.ravel())
+            start += factors.size
+        return lookups, np.concatenate(found)
 
     def summarize(self, batch: Batch) -> BatchSummary:
         """The batch's statistics, with windowed ones where the model has windows."""
@@ -396,13 +422,22 @@ class Roofline:
         Raises:
             ValueError: ``num_sms`` is not within 1..the GPU's.
         """
+        times, shape = self._times(summary, num_sms)
+        return _shaped(times[4], shape)
+
+    def operator_times(self, summary: BatchSummary, num_sms: int | IntArray) -> Times:
+        """What :meth:`step_ms` adds up, as ``kernels.step_times`` returns it, steps flattened."""
+        return self._times(summary, num_sms)[0]
+
+    def _times(
+        self, summary: BatchSummary, num_sms: int | IntArray
+    ) -> tuple[Times, tuple[int, ...]]:
         values, sms = self._feature_values(summary), np.asarray(num_sms)
         shape = _common_shape(values, sms)
         features = np.empty((len(FEATURES), *shape))
         _fill(features, values)
         sms = self._checked(np.broadcast_to(sms, shape))
-        total = step_times(*self._tables, features.reshape(len(FEATURES), -1), sms)[4]
-        return _shaped(total, shape)
+        return step_times(*self._tables, features.reshape(len(FEATURES), -1), sms), shape
 
     def pair_ms(
         self,
@@ -498,9 +533,12 @@ class Roofline:
         compute, memory, _, busy, total = step_times(
             *self._tables, features[:, None], self._checked(np.array([num_sms]))
         )
-        overhead, link, flops, moved = (
-            matrix @ features for matrix in (self._overhead, self._link, self._flops, self._bytes)
+        factors = measured_factors(*self._tables[3:], features[:, None])[:, 0]
+        overhead, link, gaps, flops, moved = (
+            matrix @ features
+            for matrix in (self._overhead, self._link, self._gaps, self._flops, self._bytes)
         )
+        overhead, link = factors * overhead + gaps, factors * link
         times = tuple(
             OperatorTime(op.name, *map(float, numbers))
             for op, *numbers in zip(
@@ -601,16 +639,13 @@ def _overhead_us(op: Operator, profile: GpuProfile) -> float:
     """Fixed cost of one run."""
     if op.kind is Kind.STEP:
         return profile.step_overhead_us
-    return (
-        profile.launch_gap_us
-        + {
-            Kind.GEMM: profile.gemm_overhead_us,
-            Kind.ATTENTION: profile.attention_overhead_us,
-            Kind.ROWWISE: profile.rowwise_overhead_us,
-            Kind.STREAM: profile.rowwise_overhead_us,
-            Kind.LINK: profile.link_latency_us,
-        }[op.kind]
-    )
+    return {
+        Kind.GEMM: profile.gemm_overhead_us,
+        Kind.ATTENTION: profile.attention_overhead_us,
+        Kind.ROWWISE: profile.rowwise_overhead_us,
+        Kind.STREAM: profile.rowwise_overhead_us,
+        Kind.LINK: profile.link_latency_us,
+    }[op.kind]
 
 
 def _lengths(name: str, given: Sequence[int] | IntArray) -> IntArray:
