@@ -261,7 +261,7 @@ def test_every_token_is_computed_once(scheduler: str) -> None:
 def test_the_systems_decide_differently() -> None:
     """Else the tests above would test stock vLLM alone."""
     trace = synthetic(20, 20.0, 1500, 30, seed=2)
-    options = dict(tbt_slo_ms=15.0, max_num_batched_tokens=2048)
+    options = dict(tbt_slo_ms=10.0, max_num_batched_tokens=2048)
     steps = {name: simulation(name, **options).run(trace).steps_by_mode for name in SYSTEMS}
     assert steps.pop("stock") == steps.pop("disaggregated") == {}
     for name in ("duet", "paper", "fixed-split", "duet-join-after-k", "duet-no-caps"):
