@@ -137,7 +137,9 @@ def test_many_tokens_touch_all_experts() -> None:
 def test_all_reduce_by_hand() -> None:
     batch = Batch([512], [0])
     assert "all_reduce" not in by_name(roofline_of("llama3-8b"), batch)
-    op = by_name(roofline_of("llama3-8b", 4), batch)["all_reduce"]
+    shape = ModelShape.from_hf_config(LLAMA3_8B, tensor_parallel_size=4)
+    formula = Roofline(shape, replace(GpuProfile.load("h100-sxm"), factors={}))
+    op = by_name(formula, batch)["all_reduce"]
     assert op.bytes == 65 * 2 * 3 / 4 * 512 * 4096 * 2
     assert op.link_ms == pytest.approx(op.bytes / 450e9 * 1e3)
     assert op.ms == op.link_ms + op.overhead_ms

@@ -32,8 +32,18 @@ from scipy import optimize, sparse
 from scipy.sparse.linalg import spsolve
 
 from vllm_duet.measured import tables
-from vllm_duet.roofline import BatchSummary, GpuProfile, ModelShape, Operator, Roofline
+from vllm_duet.roofline import (
+    BatchSummary,
+    ExpertShape,
+    GpuProfile,
+    LatentShape,
+    ModelShape,
+    Operator,
+    Roofline,
+    operators,
+)
 from vllm_duet.roofline.hardware import FOLDER, FactorTable
+from vllm_duet.roofline.model_shape import WEIGHT_BYTES
 from vllm_duet.roofline.operators import attention_decode, attention_prefill, linear
 
 FloatArray = npt.NDArray[np.float64]
@@ -85,6 +95,7 @@ class Series:
     l2_bytes: FloatArray
     ms: FloatArray
     host_ms: FloatArray | float = 0.0
+    model: ModelShape = SHAPE
 
     @property
     def kind(self) -> str:
@@ -100,6 +111,11 @@ class Series:
         names = {"gemm bfloat16", "prefill attention bfloat16", "decode attention bfloat16"}
         sides = [self.sizes[side][0] for side in ("columns", "depth") if side in self.sizes]
         return self.table in names and min(sides, default=LARGE) >= LARGE
+
+    def only(self, table: str, others: bool = False) -> Series:
+        """Of its operators those that have the factors of ``table``, or the others."""
+        ops = tuple(op for op in self.operators if (op.measured == table) is not others)
+        return replace(self, operators=ops)
 
     @property
     def shows_the_gpu(self) -> BoolArray:
@@ -256,6 +272,170 @@ def attention(
     )
 
 
+def experts(gpu: str) -> list[Series]:
+    """All kernels of a layer's routed experts, without expert parallelism, by load."""
+    names = {"int4_wo": "int4", "w4a16_mxfp4": "mxfp4"}
+    data = tables.read(gpu, "moe")
+    wide = data.inter_size >= MIN_WIDTH * data.moe_tp_size
+    data = data[(data.moe_ep_size == 1) & wide].assign(moe_dtype=data.moe_dtype.replace(names))
+    data = data[data.moe_dtype.isin(WEIGHT_BYTES)]
+    keys = ["hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size"]
+    return [
+        mixture(
+            dtype, load, h, n // tp, k, e, rows.num_tokens.to_numpy(np.float64), rows.ms.to_numpy()
+        )
+        for (dtype, load, h, n, k, e, tp), rows in data.groupby(
+            ["moe_dtype", "distribution", *keys]
+        )
+    ]
+
+
+def mixture(
+    dtype: str,
+    load: str,
+    hidden: int,
+    width: int,
+    k: int,
+    e: int,
+    tokens: FloatArray,
+    ms: FloatArray,
+) -> Series:
+    """``tokens`` [N], each through k of e experts."""
+    shape = replace(
+        SHAPE,
+        hidden_size=hidden,
+        weight_dtype=dtype,
+        intermediate_size=0,
+        experts=ExpertShape(1, e, k, width, load=load),
+    )
+    ops = operators.experts(shape, EXPERT_TILE_ROWS)
+    own = tuple(op for op in ops if op.measured.startswith("experts"))
+    return Series(
+        own[0].measured,
+        f"{k} of {e} experts, {hidden} x {width}",
+        own,
+        BatchSummary(prefill_requests=1, prefill_tokens=tokens),
+        {
+            "rows": tokens * k,
+            "experts": np.full_like(tokens, e),
+            "width": np.full_like(tokens, width),
+            "hidden": np.full_like(tokens, hidden),
+            "tokens": tokens,
+        },
+        np.zeros_like(tokens),
+        ms,
+        model=shape,
+    )
+
+
+MIN_WIDTH = 128
+"""Of an expert on one rank; the tables go on to 16, which is tensor parallelism nobody uses."""
+
+EXPERT_TILE_ROWS = 64
+"""As in every profile."""
+
+
+def latent_attentions(gpu: str, phase: str) -> list[Series]:
+    """DeepSeek-V3's attention with all its projections, in bf16, of whole prompts or decodes."""
+    prefill = phase == "prefill"
+    try:
+        data = tables.read(gpu, "mla_context_module" if prefill else "mla_generation_module")
+    except tables.NotMeasuredError:
+        return []
+    # Where several kernels were timed, the fastest; quantized products were timed outside of
+    # graphs, see LAUNCHED_BY_THE_CPU.
+    data = data[(data.gemm_type == "bfloat16") & ((data.isl > 1) if prefill else True)]
+    data = data.groupby(
+        ["num_heads", "kv_cache_dtype", "batch_size", "isl", "step"], as_index=False
+    )
+    return [
+        latent_attention(
+            phase,
+            heads,
+            kv_dtype,
+            rows.batch_size.to_numpy(np.float64),
+            (rows.isl if prefill else rows.step + 1).to_numpy(np.float64),
+            rows.ms.to_numpy(),
+        )
+        for (heads, kv_dtype), rows in data.ms.min().groupby(["num_heads", "kv_cache_dtype"])
+    ]
+
+
+def latent_attention(
+    phase: str, heads: int, kv_dtype: str, requests: FloatArray, tokens: FloatArray, ms: FloatArray
+) -> Series:
+    """``requests`` [N] of ``tokens`` [N] each."""
+    shape = replace(
+        SHAPE,
+        hidden_size=7168,
+        num_heads=heads,
+        num_kv_heads=heads,
+        kv_dtype=kv_dtype,
+        latent=LatentShape(1536, 512, 128, 64, 128),
+    )
+    if phase == "prefill":
+        length, units = (tokens + 1) / 2, requests * tokens
+        summary = BatchSummary(
+            prefill_requests=requests,
+            prefill_tokens=units,
+            prefill_pairs=units * length,
+            prefill_kv_tokens=units,
+        )
+    else:
+        length, units = tokens, requests
+        summary = BatchSummary(decode_tokens=requests, decode_kv_tokens=requests * tokens)
+    return Series(
+        f"mla_{phase} {'fp8' if kv_dtype == 'fp8' else 'bfloat16'}",
+        f"{heads} latent heads",
+        tuple(operators.latent_attention(shape)),
+        summary,
+        {
+            "units": units,
+            "length": length,
+            "heads": np.full_like(units, heads),
+            "tokens": requests * tokens,
+        },
+        np.zeros_like(units),
+        ms,
+        model=shape,
+    )
+
+
+def all_reduces(gpu: str) -> list[Series]:
+    """vLLM's own kernel in a CUDA graph, and NCCL beyond what that takes."""
+    custom, nccl = tables.read(gpu, "custom_allreduce"), tables.read(gpu, "nccl")
+    custom = custom[(custom.backend == "vllm_graph") & (custom.message_size <= CUSTOM_BYTES)]
+    nccl = nccl[(nccl.op_name == "all_reduce") & (nccl.nccl_dtype == "half")]
+    both = pd.concat([custom, nccl[nccl.message_size > CUSTOM_BYTES]])
+    return [
+        all_reduce(int(row.num_gpus), np.array([row.message_size], np.float64), np.array([row.ms]))
+        for row in both.itertuples()
+        if row.message_size >= LEAST_BYTES
+    ]
+
+
+CUSTOM_BYTES = 8 * 2**20
+"""The most that vLLM's custom all-reduce takes. Source: vLLM, CustomAllreduce.max_size."""
+
+LEAST_BYTES = 4096
+"""One token of a hidden state of 2048."""
+
+
+def all_reduce(num_gpus: int, size: FloatArray, ms: FloatArray) -> Series:
+    """Sums of ``size`` [N] bytes over ``num_gpus``."""
+    shape = replace(SHAPE, hidden_size=64, num_layers=0, tensor_parallel_size=num_gpus)
+    op = operators.all_reduce(shape)
+    return Series(
+        op.measured,
+        f"{size[0]:.0f} bytes over {num_gpus}",
+        (op,),
+        BatchSummary(prefill_requests=1, prefill_tokens=size / op.units_each),
+        {"bytes": size},
+        np.zeros_like(size),
+        ms,
+    )
+
+
 AXES: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "gemm": {
         "rows": (
@@ -271,6 +451,23 @@ AXES: Mapping[str, Mapping[str, tuple[float, ...]]] = {
         "group": (1, 4, 16, 96),
         "head_dim": (64, 128, 192, 256, 512),
     },
+    "experts": {
+        "rows": tuple(4.0**i for i in range(10)),
+        "experts": (8, 32, 128, 512),
+        "width": (128, 512, 2048, 16384),
+        "hidden": (2048, 7168),
+    },
+    "mla_decode": {
+        "units": tuple(2.0**i for i in range(0, 11)),
+        "length": tuple(2.0 * 4.0**i for i in range(9)),
+        "heads": (1, 4, 16, 128),
+    },
+    "mla_prefill": {
+        "units": tuple(16.0 * 4.0**i for i in range(8)),
+        "length": tuple(8.0 * 4.0**i for i in range(7)),
+        "heads": (1, 4, 16, 128),
+    },
+    "all_reduce": {"bytes": tuple(2.0**i for i in range(12, 29))},
     "prefill": {
         "units": tuple(8.0 * 8.0**i for i in range(8)),
         "length": tuple(2.0 * 4.0**i for i in range(7)),
@@ -306,7 +503,7 @@ def forecast(
     profile: GpuProfile, series: Series, warmth: Warmth = Warmth(), l2: float = 1.0
 ) -> FloatArray:
     """Times [N] in ms that the roofline forecasts under the conditions of the benchmark."""
-    roofline = Roofline(SHAPE, profile, series.operators)
+    roofline = Roofline(series.model, profile, series.operators)
     compute, memory, _, busy, total = roofline.operator_times(series.summary, profile.num_sms)
     if warmth.ratio < 1:
         [unoverlapped] = {float(u) for u in roofline._tables[1][2]}
@@ -410,7 +607,7 @@ def fit_table(
     if formula_ms is not None:
         seen = np.asarray(design.sum(axis=0)).reshape(shape) + 1e-3
         # A longer context costs a decode more; a longer prompt may cost less than two short ones.
-        rising = [0, 1] if name.startswith("decode") else [0]
+        rising = [0, 1] if name.startswith(("decode", "mla_decode")) else [0]
         found = _risen(found + np.log(formula_ms), seen, rising) - np.log(formula_ms)
     permille = np.clip(np.rint(1000 * np.exp(found)), 1, None).astype(np.int64)
     return FactorTable({k: tuple(map(float, v)) for k, v in axes.items()}, permille, source)
@@ -444,8 +641,30 @@ def formula_at(profile: GpuProfile, name: str, axes: Mapping[str, tuple[float, .
             for k in depth
         ]
         return np.moveaxis(np.reshape(found, [len(x) for x in (columns, depth, rows)]), -1, 0)
+    if name.startswith("all_reduce"):
+        return forecast(profile, all_reduce(int(dtype), values[0], values[0]))
+    if name.startswith("experts"):
+        rows, num_experts, width, hidden = values
+        found = [
+            forecast(
+                profile, mixture(name.split()[1], dtype, int(h), int(w), 2, int(e), rows / 2, rows)
+            )
+            for e in num_experts
+            for w in width
+            for h in hidden
+        ]
+        return np.moveaxis(np.reshape(found, [len(x) for x in (*values[1:], rows)]), -1, 0)
     units, length = (x.ravel() for x in np.meshgrid(values[0], values[1], indexing="ij"))
     found = []
+    if name.startswith("mla"):
+        phase = name.removeprefix("mla_").split()[0]
+        tokens = 2 * length - 1 if phase == "prefill" else length
+        requests = units / tokens if phase == "prefill" else units
+        for heads in values[2]:
+            series = latent_attention(phase, int(heads), dtype, requests, tokens, units)
+            found.append(forecast(profile, _with_context(series.only(name), units, length)))
+        ms = np.reshape(found, [len(values[i]) for i in (2, 0, 1)])
+        return np.moveaxis(ms, 0, 2)
     for group in values[2]:
         for head_dim in values[3]:
             # Of one KV head, and for prefill of whole prompts.
@@ -454,10 +673,16 @@ def formula_at(profile: GpuProfile, name: str, axes: Mapping[str, tuple[float, .
             requests = units / (group * tokens) if prefill else units
             shape = (int(group), 1, int(head_dim), 0, dtype)
             series = attention(name.split()[0], *shape, requests, tokens, units)
-            found.append(forecast(profile, series))
+            found.append(forecast(profile, _with_context(series, units / group, length)))
     ms = np.reshape(found, [len(values[i]) for i in (2, 3, 0, 1)])
     ms = np.moveaxis(ms, (2, 3), (0, 1))
     return np.repeat(ms[..., None], len(values[4]), axis=-1) if values[4:] else ms
+
+
+def _with_context(series: Series, tokens: FloatArray, length: FloatArray) -> Series:
+    """Where whole prompts cannot have so long a mean, ``tokens`` [N] are the end of one."""
+    kv_tokens = np.maximum(tokens, length + tokens / 2)
+    return replace(series, summary=replace(series.summary, prefill_kv_tokens=kv_tokens))
 
 
 def _interpolation(axes: Mapping[str, tuple[float, ...]], sizes: Mapping[str, FloatArray]) -> Any:
@@ -517,6 +742,10 @@ TABLES: Mapping[str, tables.Table] = {
     "gemm": "gemm",
     "prefill": "context_attention",
     "decode": "generation_attention",
+    "experts": "moe",
+    "mla_prefill": "mla_context_module",
+    "mla_decode": "mla_generation_module",
+    "all_reduce": "custom_allreduce",
 }
 """Where the times come from, by the first word of the name of a table of factors."""
 
@@ -527,11 +756,13 @@ def fit(gpu: str) -> Fit:
     # The benchmarks' kernels follow each other too, so the gap is in their times.
     profile = replace(base, factors={}, measured="published", launch_gap_us=0.0)
     l2 = L2_BYTES[gpu]
-    source = {
-        kind: "measured: " + tables.read(gpu, t).attrs["source"] for kind, t in TABLES.items()
-    }
-    series = gemms(gpu) + attentions(gpu, "prefill") + attentions(gpu, "decode")
-    warmth: dict[str, Warmth] = {}
+    series = gemms(gpu) + experts(gpu) + all_reduces(gpu)
+    for phase in ("prefill", "decode"):
+        series += attentions(gpu, phase) + latent_attentions(gpu, phase)
+    kinds = {s.kind for s in series}
+    source = {k: "measured: " + tables.read(gpu, TABLES[k]).attrs["source"] for k in kinds}
+    source["all_reduce"] += "; NCCL's for more than 8 MiB"
+    warmth = dict.fromkeys(kinds, Warmth())
     for kind, bounds in (
         ("gemm", GEMM_BOUNDS),
         ("decode", DECODE_BOUNDS),
@@ -546,12 +777,20 @@ def fit(gpu: str) -> Fit:
     factors: dict[str, FactorTable] = {}
     for name in sorted({s.table for s in series}):
         some = [s for s in series if s.table == name and not s.held_out and s.shows_the_gpu.any()]
+        if not some:
+            continue
         kind = some[0].kind
         # What block-scaled products do not show, the others in fp8 do.
         prior = factors.get("gemm fp8") if name == "gemm fp8_block" else None
-        based = replace(profile, factors={name: prior} if prior else {})
+        based = replace(profile, factors={**factors, **({name: prior} if prior else {})})
         shown = np.concatenate([s.shows_the_gpu for s in some])
-        logs = [np.log(s.ms / forecast(based, s, warmth[kind], l2)) for s in some]
+        logs = []
+        for s in some:
+            others = s.only(name, others=True)
+            with_gaps = replace(based, launch_gap_us=base.launch_gap_us)
+            rest = forecast(with_gaps, others) if others.operators else 0.0
+            own = forecast(based, s.only(name), warmth[kind], l2)
+            logs.append(np.log(np.maximum(s.ms - rest, 0.05 * s.ms) / own))
         axes = {**AXES[kind], **(IN_A_WINDOW[kind] if " window " in name else {})}
         factors[name] = fit_table(
             name,
@@ -569,6 +808,18 @@ ROW_RANGES = ((1, 16), (17, 64), (65, 256), (257, 1024), (1025, 4096), (4097, 16
 MANY_TOKENS = {"prefill": 1_000, "decode": 10_000}
 
 
+NEIGHBOURS = "each row by the two next to it"
+"""No forecast: how far a time is from those of the same product with a few more and fewer rows.
+Where that is much, no smooth table is near."""
+
+
+def _by_neighbours(series: Series) -> FloatArray:
+    order = np.argsort(series.sizes["rows"])
+    x, y = np.log(series.sizes["rows"][order]), np.log(series.ms[order])
+    share = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
+    return np.asarray(np.exp(y[:-2] + share * (y[2:] - y[:-2]) - y[1:-1]) - 1)
+
+
 def errors(fitted: Fit) -> dict[str, dict[str, dict[str, float]]]:
     """Errors on held-out shapes by table and by size of the batch.
 
@@ -584,9 +835,12 @@ def errors(fitted: Fit) -> dict[str, dict[str, dict[str, float]]]:
             if min(s.sizes["columns"][0], s.sizes["depth"][0]) < LARGE:
                 continue
             found["all"].append(ratio)
+            found[NEIGHBOURS].append(_by_neighbours(s))
             for low, high in ROW_RANGES:
                 inside = (s.sizes["rows"] >= low) & (s.sizes["rows"] <= high)
                 found[f"{low}-{high} rows"].append(ratio[inside])
+        elif s.kind not in MANY_TOKENS:
+            found["all"].append(ratio)
         else:
             limit = MANY_TOKENS[s.kind]
             many = s.sizes["tokens"] >= limit
@@ -614,7 +868,8 @@ def main() -> None:
     console, found = Console(width=130), {}
     for gpu in args.gpus or tables.SYSTEMS:
         fitted = fit(gpu)
-        found[gpu] = {"warmth": {k: asdict(w) for k, w in fitted.warmth.items()}}
+        warm = {k: asdict(w) for k, w in sorted(fitted.warmth.items()) if w.ratio < 1}
+        found[gpu] = {"warmth": warm}
         found[gpu]["errors"] = errors(fitted)
         _print(gpu, found[gpu]["errors"], console)
         if not args.errors:

@@ -22,6 +22,8 @@ WEIGHT_BYTES: Mapping[str, float] = {
     "fp8_block": 1.0 + 4.0 / 128**2,
     # Four bits, and an 8-bit scale for each group of 16.
     "nvfp4": 0.5 + 1.0 / 16,
+    # Four bits, and an 8-bit scale for each group of 32.
+    "mxfp4": 0.5 + 1.0 / 32,
     # Four bits, and a 16-bit scale for each group of 128.
     "int4": 0.5 + 2.0 / 128,
 }
@@ -47,7 +49,8 @@ class ExpertShape:
 
     Each token visits ``experts_per_token`` of ``num_experts`` experts of width
     ``intermediate_size``, and one shared expert of width
-    ``shared_intermediate_size`` (0: none).
+    ``shared_intermediate_size`` (0: none). ``load`` is how unevenly: "balanced", or
+    "power_law_1.01" or "power_law_1.2", the rank's exponent.
     """
 
     num_layers: int
@@ -55,6 +58,7 @@ class ExpertShape:
     experts_per_token: int
     intermediate_size: int
     shared_intermediate_size: int = 0
+    load: str = "power_law_1.01"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ context; h query heads and g KV heads of one rank, of dimension d.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import Final
+from typing import Any, Final
 
 from vllm_duet.roofline.model_shape import ModelShape
 
@@ -289,6 +289,7 @@ def latent_attention(shape: ModelShape) -> list[Operator]:
         gate="has_decode",
         dtype=shape.activation_dtype,
     )
+    kv_dtype = "fp8" if shape.kv_element_bytes == 1 else "bfloat16"
     prefill = Operator(
         "attention_prefill",
         Kind.ATTENTION,
@@ -300,6 +301,10 @@ def latent_attention(shape: ModelShape) -> list[Operator]:
         },
         gate="has_prefill",
         dtype=shape.activation_dtype,
+        measured=f"mla_prefill {kv_dtype}",
+        units="prefill_tokens",
+        amount="prefill_pairs",
+        at=(h,),
     )
     decode = Operator(
         "attention_decode",
@@ -312,6 +317,10 @@ def latent_attention(shape: ModelShape) -> list[Operator]:
         },
         gate="has_decode",
         dtype=shape.activation_dtype,
+        measured=f"mla_decode {kv_dtype}",
+        units="decode_tokens",
+        amount="decode_kv_tokens",
+        at=(h,),
     )
     return [
         linear("qkv_a_proj", shape, shape.hidden_size, qkv_a_out, layers),
@@ -342,12 +351,21 @@ def experts(shape: ModelShape, expert_tile_rows: int) -> list[Operator]:
     With E experts, k for each token and T tokens, the expected number of distinct
     experts touched is E (1 - (1 - k/E)^T) under uniform routing (experts_touched):
     only their weights are read. The rows of each are padded to a tile, by half of
-    ``expert_tile_rows`` on average. Source: arithmetic.
+    ``expert_tile_rows`` on average. Source: arithmetic. What an uneven load changes is in the
+    measured factors, which are one table for the four kernels of a layer together.
     """
     m = shape.experts
     assert m is not None
     layers, hidden, act = m.num_layers, shape.hidden_size, shape.activation_bytes
     k, width = m.experts_per_token, shape.local_width(m.intermediate_size)
+
+    dtype = "bfloat16" if shape.weight_dtype == "float16" else shape.weight_dtype
+    case: dict[str, Any] = dict(
+        measured=f"experts {dtype} {m.load}",
+        units="tokens",
+        units_each=k,
+        at=(m.num_experts, width, hidden),
+    )
 
     def grouped(name: str, fan_in: int, fan_out: int) -> Operator:
         flops = 2.0 * fan_in * fan_out
@@ -361,14 +379,15 @@ def experts(shape: ModelShape, expert_tile_rows: int) -> list[Operator]:
                 "tokens": k * (fan_in + fan_out) * act,
             },
             dtype=shape.compute_dtype,
+            **case,
         )
 
     found = [
         linear("router", shape, hidden, m.num_experts, layers, quantized=False),
         grouped("experts_gate_up", hidden, 2 * width),
-        rowwise("experts_act", shape, 3 * k * width, layers),
+        replace(rowwise("experts_act", shape, 3 * k * width, layers), **case),
         grouped("experts_down", width, hidden),
-        rowwise("experts_sum", shape, (k + 1) * hidden, layers),
+        replace(rowwise("experts_sum", shape, (k + 1) * hidden, layers), **case),
     ]
     if m.shared_intermediate_size:
         found += mlp(shape, "shared_", m.shared_intermediate_size, layers)
@@ -383,7 +402,15 @@ def all_reduce(shape: ModelShape) -> Operator:
     """
     p = shape.tensor_parallel_size
     size = 2 * (p - 1) / p * shape.hidden_size * shape.activation_bytes
-    return Operator("all_reduce", Kind.LINK, 2 * shape.num_layers + 1, bytes={"tokens": size})
+    return Operator(
+        "all_reduce",
+        Kind.LINK,
+        2 * shape.num_layers + 1,
+        bytes={"tokens": size},
+        measured=f"all_reduce {p}",
+        units="tokens",
+        units_each=shape.hidden_size * shape.activation_bytes,
+    )
 
 
 def lm_head(shape: ModelShape) -> Operator:

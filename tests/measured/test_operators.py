@@ -21,20 +21,30 @@ GOALS = {
     "gemm": {"all": 0.07, "rows": 0.10},
     "prefill": {"from 1000 tokens": 0.10},
     "decode": {"from 10000 tokens": 0.12, "below 10000 tokens": 0.20},
+    **{kind: {"all": 0.15} for kind in ("experts", "mla_prefill", "mla_decode", "all_reduce")},
 }
 
 SHORTFALLS = {
-    # A kernel of 256 or more rows a tile whose whole waves leave a tenth of the GPU idle at
-    # some sizes, and none at the next.
+    # Times go up and down from one number of rows to the next: even between those of the same
+    # product with a few rows more and fewer, a time is 9 % (L40S), 14 % (B200) and 15 % (H200)
+    # off; operators.json has it of each. On the L40S the clock does that; the kernels in fp8 for
+    # the H200 have tiles of so many rows that whole waves of them leave much of the GPU idle;
+    # on the B200 one time in six is twice its neighbours', and one row takes twice what two do.
+    ("l40s", "gemm bfloat16", "all"): 0.08,
     ("h200", "gemm fp8", "257-1024 rows"): 0.13,
-    # One row takes twice the time of two, and one time in nine twice that of its neighbours.
     ("b200", "gemm fp8", "all"): 0.09,
     ("b200", "gemm fp8", "1-16 rows"): 0.13,
-    # The clock: an operator's rate goes up and down by half from one number of rows to the next.
-    ("l40s", "gemm bfloat16", "all"): 0.08,
-    # Five shapes have a window of 1024 and four one of 8192, too few to hold some out.
+    ("l40s", "experts bfloat16 balanced", "all"): 0.18,
+    ("l40s", "experts bfloat16 power_law_1.01", "all"): 0.17,
+    ("l40s", "experts bfloat16 power_law_1.2", "all"): 0.16,
+    # A window of 1024 was timed with five combinations of heads, one of 8192 with four; on the
+    # L40S the kernel does not split a long window over SMs, as it does without one.
     ("h100-sxm", "prefill attention window fp8", "from 1000 tokens"): 0.11,
     ("l40s", "decode attention window bfloat16", "from 10000 tokens"): 0.18,
+    # One of ten shapes is held out: gpt-oss-20b on one GPU, the largest experts of its kind.
+    ("l40s", "experts mxfp4 balanced", "all"): 0.20,
+    # Timed with a single head only, which is held out.
+    ("rtx-pro-6000", "mla_decode fp8", "all"): 0.42,
 }
 """Where a goal is missed: what is reached, and why."""
 
@@ -74,8 +84,8 @@ def test_the_shipped_profile_is_this_fit(gpu: str) -> None:
 
 def test_whole_shapes_are_held_out() -> None:
     series = fitted("h100-sxm").series
-    for kind in ("gemm", "prefill", "decode"):
+    for kind in sorted({s.kind for s in series}):
         held_out = {s.shape for s in series if s.kind == kind and s.held_out}
         used = {s.shape for s in series if s.kind == kind and not s.held_out}
         assert held_out and not held_out & used
-        assert 0.1 < len(held_out) / len(held_out | used) < 0.35
+        assert 0.1 < len(held_out) / len(held_out | used) < 0.4
