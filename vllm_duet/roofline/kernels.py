@@ -123,6 +123,10 @@ def measured_factors(lookups: IntArray, factors: FloatArray, features: FloatArra
         for n in range(steps):
             if features[units, n] <= 0.0:
                 continue
+            if n > 0 and features[units, n] == features[units, n - 1]:
+                if amount < 0 or features[amount, n] == features[amount, n - 1]:
+                    found[k, n] = found[k, n - 1]  # as decodes beside prompts of many sizes
+                    continue
             if places[units, n] < 0.0:
                 places[units, n] = place_among_units(features[units, n])
             place = min(places[units, n], UNITS.size - 1.0 - 1e-9)
