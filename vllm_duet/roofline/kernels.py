@@ -87,27 +87,28 @@ def combined(compute_ms: float, memory_ms: float, unoverlapped: float) -> float:
 
 
 @njit
-def place_among_units(units: float) -> float:
-    """Position in UNITS, whole where it is one of them."""
+def place_among_units(units: float) -> tuple[int, float]:
+    """Where among UNITS: after which of them, and what share of the way to the next."""
     octave = math.frexp(units)[1] - 1
     if octave < 0:
-        return 0.0
+        return 0, 0.0
     if octave >= OCTAVES - 1:
-        return UNITS.size - 1.0
+        return UNITS.size - 2, 1.0
     at = _OCTAVE_STARTS[octave]
     while UNITS[at + 1] <= units:
         at += 1
-    place: float = at + (units - UNITS[at]) / (UNITS[at + 1] - UNITS[at])
-    return place
+    return at, (units - UNITS[at]) / (UNITS[at + 1] - UNITS[at])
 
 
 @njit
-def place_among_lengths(length: float) -> float:
-    """Position in LENGTHS, whole where it is one of them."""
+def place_among_lengths(length: float) -> tuple[int, float]:
+    """The same among LENGTHS."""
     mantissa, exponent = math.frexp(length)
     if exponent < 1:
-        return 0.0
-    return min(exponent - 2.0 + 2.0 * mantissa, OCTAVES - 1.0)
+        return 0, 0.0
+    if exponent >= OCTAVES:
+        return OCTAVES - 2, 1.0
+    return exponent - 1, 2.0 * mantissa - 1.0
 
 
 @njit
@@ -115,35 +116,30 @@ def measured_factors(lookups: IntArray, factors: FloatArray, features: FloatArra
     """[K, N]: what the formula's time of each operator is to be multiplied by."""
     operators, steps = lookups.shape[0], features.shape[1]
     found = np.ones((operators, steps))
-    places = np.full(features.shape, -1.0)
+    places, shares = np.empty(features.shape, np.int64), np.empty(features.shape)
+    placed = np.zeros(features.shape[0], np.bool_)
     for k in range(operators):
         units, amount, start = lookups[k]
         if units < 0:
             continue
+        if not placed[units]:
+            placed[units] = True
+            for n in range(steps):
+                if n > 0 and features[units, n] == features[units, n - 1]:
+                    places[units, n], shares[units, n] = places[units, n - 1], shares[units, n - 1]
+                else:
+                    places[units, n], shares[units, n] = place_among_units(features[units, n])
         for n in range(steps):
-            if features[units, n] <= 0.0:
-                continue
-            if n > 0 and features[units, n] == features[units, n - 1]:
-                if amount < 0 or features[amount, n] == features[amount, n - 1]:
-                    found[k, n] = found[k, n - 1]  # as decodes beside prompts of many sizes
-                    continue
-            if places[units, n] < 0.0:
-                places[units, n] = place_among_units(features[units, n])
-            place = min(places[units, n], UNITS.size - 1.0 - 1e-9)
-            i = int(place)
-            share = place - i
+            i, share = places[units, n], shares[units, n]
             if amount < 0:
                 low, high = factors[start + i], factors[start + i + 1]
             else:
-                length = place_among_lengths(features[amount, n] / features[units, n])
-                length = min(length, OCTAVES - 1.0 - 1e-9)
-                j = int(length)
-                part = length - j
+                j, part = place_among_lengths(features[amount, n] / max(features[units, n], 1.0))
                 at = start + i * OCTAVES + j
-                low = (1.0 - part) * factors[at] + part * factors[at + 1]
+                low = factors[at] + part * (factors[at + 1] - factors[at])
                 at += OCTAVES
-                high = (1.0 - part) * factors[at] + part * factors[at + 1]
-            found[k, n] = (1.0 - share) * low + share * high
+                high = factors[at] + part * (factors[at + 1] - factors[at])
+            found[k, n] = low + share * (high - low)
     return found
 
 
