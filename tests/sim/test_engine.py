@@ -91,7 +91,7 @@ def test_decodes_of_one_batch(scheduler: str, batch: int) -> None:
     truth = ground_truth()
     first_ms = truth.step_ms([], [60] * batch, [0] * batch)
     graph = {3: 4, 8: 8}[batch]
-    padded = [replace(truth.decode([c] * batch), decode_tokens=graph) for c in (60, 88)]
+    padded = [replace(truth.decode([c] * batch).summary, decode_tokens=graph) for c in (60, 88)]
     for record in outcome.records:
         assert record.token_ms[0] == approx(first_ms)
         assert gaps(record) == approx([decode_ms(*[60 + n] * batch) for n in range(29)])

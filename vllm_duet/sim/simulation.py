@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 # A GPU's engine is planned here, whatever machine this is, and nothing is logged.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -21,6 +21,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -28,10 +29,20 @@ from vllm_duet.doctor import GPU_MEMORY_UTILIZATION
 from vllm_duet.metrics import steps_by_mode
 from vllm_duet.policy import PolicyLimits
 from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
-from vllm_duet.sim.engine import CpuCosts, RequestRecord, SimulatedClock, SimulatedEngine
+from vllm_duet.sim.engine import (
+    QUEUE_SIZE,
+    CpuCosts,
+    FrontEnd,
+    RequestRecord,
+    SimulatedClock,
+    SimulatedEngine,
+)
 from vllm_duet.sim.executor import Disturbances, GroundTruth, Interval, SimulatedGpu
 from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster
 from vllm_duet.sim.traces import TraceRequest
+
+if TYPE_CHECKING:  # needs pandas
+    from vllm_duet.sim.measured import MeasuredSteps
 
 BLOCK_SIZE = 16
 FIXED_BYTES = 1.0e9
@@ -44,7 +55,12 @@ class SimulationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is simulated. ``model`` is a config.json or the folder that holds it."""
+    """What is simulated. ``model`` is a config.json or the folder that holds it.
+
+    ``weight_dtype`` and ``kv_dtype`` are as in ModelShape.from_hf_config. ``concurrency``:
+    a closed loop of as many clients, instead of the trace's arrivals. ``truth``: where the
+    GPU's times come from; "measured" is the roofline too where nothing was measured.
+    """
 
     model: Path
     gpu: str = "h100-sxm"
@@ -55,8 +71,16 @@ class Options:
     max_model_len: int | None = None
     seed: int = 0
     model_error: float = 0.0
+    tensor_parallel_size: int = 1
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = True
+    concurrency: int | None = None
+    truth: Literal["measured", "roofline"] = "measured"
     disturbances: Disturbances = field(default_factory=Disturbances)
     costs: CpuCosts = field(default_factory=CpuCosts)
+    front_end: FrontEnd = field(default_factory=FrontEnd)
 
 
 @dataclass(slots=True)
@@ -101,7 +125,8 @@ class Simulation:
     """Builds engines for ``options``, and runs traces through them.
 
     Raises:
-        SimulationError: the scheduler is unknown, or the model does not fit the GPU.
+        SimulationError: the scheduler is unknown or cannot do this, or the model does not
+            fit the GPU.
         ValueError: the model's architecture or the GPU profile is not known.
     """
 
@@ -110,12 +135,22 @@ class Simulation:
             raise SimulationError(
                 f"there is no scheduler {options.scheduler!r}: choose one of {', '.join(SYSTEMS)}"
             )
+        if options.scheduler != "stock" and not options.async_scheduling:
+            raise SimulationError("only stock runs without asynchronous scheduling")
+        if options.scheduler == "disaggregated" and options.concurrency is not None:
+            raise SimulationError("disaggregated has no closed loop")
         self.options = options
         self.system: System = SYSTEMS[options.scheduler]
         self.profile = GpuProfile.load(options.gpu)
         config_file = options.model / "config.json" if options.model.is_dir() else options.model
         self._hf_config: dict[str, Any] = json.loads(config_file.read_text())
-        self.shape = ModelShape.from_hf_config(self._hf_config)
+        self.shape = ModelShape.from_hf_config(
+            self._hf_config,
+            weight_dtype=options.weight_dtype,
+            kv_dtype=options.kv_dtype,
+            tensor_parallel_size=options.tensor_parallel_size,
+        )
+        self.measured, self.truth = self._measured()
         self.kv_cache_tokens = self._kv_cache_tokens()
         self.max_model_len = min(
             options.max_model_len or int(self._hf_config["max_position_embeddings"]),
@@ -148,7 +183,7 @@ class Simulation:
         self, trace: Sequence[TraceRequest], on_finished: Callable[[RequestRecord], None]
     ) -> Outcome:
         engine = self.engine()
-        records = engine.run(trace, on_finished)
+        records = engine.run(trace, on_finished, self.options.concurrency)
         return Outcome(
             records,
             engine.gpu.intervals,
@@ -207,14 +242,15 @@ class Simulation:
         roofline = Roofline(self.shape, self.profile)
         if prefill_is_free:
             # No chunks: prompts cost nothing, and whole ones arrive.
-            truth: GroundTruth = _FreePrefill(roofline, options.disturbances)
+            truth: GroundTruth = _FreePrefill(roofline, options.disturbances, self.measured)
             config = self._vllm_config(max_num_batched_tokens=self.kv_cache_tokens)
         else:
-            truth = GroundTruth(roofline, options.disturbances)
+            truth = GroundTruth(roofline, options.disturbances, self.measured)
             config = self._vllm_config(options.max_num_batched_tokens)
         scheduler: Any
         if self.system.policy is None:
-            scheduler = scheduler_alone(AsyncScheduler, config, self.shape)
+            stock = AsyncScheduler if options.async_scheduling else Scheduler
+            scheduler = scheduler_alone(stock, config, self.shape)
         else:
             limits = PolicyLimits(tbt_slo_ms=options.tbt_slo_ms, max_lookahead=1 << 30)
             forecast = forecaster(
@@ -233,6 +269,8 @@ class Simulation:
             SimulatedGpu(truth, options.seed),
             clock,
             costs=options.costs,
+            front_end=options.front_end,
+            queue_size=QUEUE_SIZE if options.async_scheduling else 1,
             join_after_lookahead=not self.system.event_join,
         )
 
@@ -245,17 +283,37 @@ class Simulation:
                 max_model_len=self.max_model_len,
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_num_seqs=min(self.options.max_num_seqs, max_num_batched_tokens),
+                enable_prefix_caching=self.options.enable_prefix_caching,
                 additional_config={"duet": {"mode": "aggregated"}},
             ).create_engine_config()
         config.cache_config.num_gpu_blocks = self.kv_cache_tokens // BLOCK_SIZE
         return config
+
+    def _measured(self) -> tuple[MeasuredSteps | None, str]:
+        """The measured truth where there is one, and in words what the truth is."""
+        if self.options.truth == "roofline":
+            return None, "the roofline"
+        try:
+            from vllm_duet.sim.measured import MeasuredSteps, NotMeasuredError
+        except ImportError as error:  # without vllm-duet[measured] there is no pandas
+            return None, f"the roofline: {error}"
+        quantization = self._hf_config.get("quantization_config") or {}
+        try:
+            steps = MeasuredSteps(
+                self.shape,
+                self.options.gpu,
+                block_fp8=bool(quantization.get("weight_block_size")),
+            )
+        except NotMeasuredError as error:
+            return None, f"the roofline: {error}"
+        return steps, steps.source
 
     def _kv_cache_tokens(self) -> int:
         """Tokens of KV cache that vLLM would find room for: what is left of its share of
         the memory beside weights, activations of the largest step, logits, and the rest."""
         shape, options = self.shape, self.options
         memory = GPU_MEMORY_UTILIZATION * self.profile.memory_bytes
-        width = 4 * shape.hidden_size + 3 * shape.intermediate_size
+        width = 4 * shape.hidden_size + 3 * shape.local_width(shape.intermediate_size)
         activations = options.max_num_batched_tokens * width * shape.activation_bytes
         # Logits in 16 and in 32 bits.
         logits = 6 * min(options.max_num_seqs, options.max_num_batched_tokens) * shape.vocab_size

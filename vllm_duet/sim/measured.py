@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time of a step on a whole GPU, from operators that others have measured.
+
+The ground truth of the simulator where there are tables (vllm_duet.measured). Nothing here is
+shared with the roofline, by which the policy under test forecasts, but for the model's sizes:
+a policy is then wrong by what a roofline really is wrong.
+
+A step is a sum over kernels. What depends on the number of tokens alone (GEMMs, row-wise
+kernels, all-reduces) is one curve of time against tokens, made once for a model; what is left is
+attention, looked up by batch and length. A step then costs some twenty microseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_duet.measured.tables import NotMeasuredError, Table, read
+from vllm_duet.roofline.model_shape import ModelShape
+
+__all__ = ["Attention", "MeasuredSteps", "NotMeasuredError"]
+
+FloatArray = npt.NDArray[np.float64]
+
+SMALL_KERNEL_US = 2.0
+"""A kernel of a few rows inside a CUDA graph, its launch included: norm, rotary embedding,
+activation. The smallest kernel in the tables (GDN's convolution of one token on an H100) takes
+1.8 us."""
+
+CUSTOM_ALL_REDUCE_BYTES = 8 << 20
+"""Up to here vLLM's own all-reduce, above NCCL's (CustomAllreduce's max_size)."""
+
+LARGEST_STEP = 1 << 20
+"""Tokens of the largest step that a curve knows."""
+
+STEP_US = 300.0
+"""What the GPU does in a step beyond the model: copies of the step's inputs, the sampler's and
+the attention metadata's small kernels. An assumption, as the profiles have it."""
+
+
+class MeasuredSteps:
+    """Steps of one model on one GPU (one tensor-parallel rank), with nothing beside them.
+
+    Thread-safe: nothing changes after construction.
+    """
+
+    def __init__(self, shape: ModelShape, gpu: str, *, block_fp8: bool = False) -> None:
+        """``gpu`` is a name in ``tables.SYSTEMS``; ``block_fp8``: the weights are fp8 with a
+        scale for each block of 128 x 128.
+
+        Raises:
+            NotMeasuredError: a table of this GPU lacks a kernel of this model; says which.
+        """
+        if shape.latent or shape.experts:
+            raise NotMeasuredError(f"no truth is made of tables for {shape.architecture} yet")
+        self._sources: dict[str, str] = {}
+        self._gpu, self._shape = gpu, shape
+        self._window = shape.sliding_window or 0
+        self._attention = [
+            (layers, Attention(gpu, shape, window), window)
+            for layers, window in (
+                (shape.num_full_layers, 0),
+                (shape.num_window_layers, self._window),
+            )
+            if layers
+        ]
+        bandwidth = max(attention.bytes_per_ms for _, attention, _ in self._attention)
+        quantized = _gemm_dtype(shape.weight_dtype, block_fp8)
+        tokens, rows = _token_grid(gpu), _token_grid(gpu)
+        self._tokens_ms = _Curve(tokens, self._per_token(tokens, quantized, bandwidth))
+        self._sampled_ms = _Curve(rows, self._per_sampled(rows, bandwidth))
+
+    @property
+    def source(self) -> str:
+        """Whose tables, for a summary."""
+        return read(self._gpu, "gemm").attrs["source"]
+
+    def step_ms(
+        self,
+        decode_context_lens: Sequence[int],
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        padding: int = 0,
+    ) -> float:
+        """One step, in ms: decodes by the tokens each has in the KV cache, prefills by new
+        tokens and those in the cache. ``padding`` rows are computed for nothing."""
+        decodes, prefills = len(decode_context_lens), len(query_lens)
+        ms = 1e-3 * STEP_US
+        ms += self._tokens_ms(decodes + padding + sum(query_lens))
+        ms += self._sampled_ms(decodes + padding + prefills)
+        for layers, attention, window in self._attention:
+            if decodes:
+                seen = (
+                    sum(min(c + 1, window) for c in decode_context_lens)
+                    if window
+                    else sum(decode_context_lens) + decodes
+                )
+                ms += layers * attention.decode_ms(decodes, seen)
+            if prefills:
+                ms += layers * attention.prefill_ms(query_lens, context_lens)
+        return ms
+
+    def _per_token(self, tokens: FloatArray, dtype: str, bandwidth: float) -> FloatArray:
+        """All layers' kernels whose work is in proportion to the step's tokens, in ms."""
+        shape, layers = self._shape, self._shape.num_layers
+        hidden, d = shape.hidden_size, shape.head_dim
+        q_width, kv_width = shape.local_heads * d, shape.local_kv_heads * d
+        width = shape.local_width(shape.intermediate_size)
+        ms = np.zeros(tokens.size)
+        for n, k in (
+            (q_width + 2 * kv_width, hidden),
+            (hidden, q_width),
+            (2 * width, hidden),
+            (hidden, width),
+        ):
+            ms += layers * gemm_ms(self._gpu, dtype, n, k, tokens)
+        # Elements that a kernel reads and writes for a token.
+        small = [4.0 * hidden] * shape.norms_per_layer
+        small += [2.0 * (q_width + kv_width)] * (2 if shape.qk_norm else 1)
+        small += [3.0 * width]
+        for elements in small:
+            moved = elements * shape.activation_bytes * tokens
+            ms += layers * (1e-3 * SMALL_KERNEL_US + moved / bandwidth)
+        if shape.tensor_parallel_size > 1:
+            size = hidden * shape.activation_bytes * tokens
+            ms += (2 * layers + 1) * all_reduce_ms(self._gpu, shape.tensor_parallel_size, size)
+        return ms
+
+    def _per_sampled(self, rows: FloatArray, bandwidth: float) -> FloatArray:
+        """The lm_head, and logits in 16 and 32 bits as the sampler reads them, in ms."""
+        shape = self._shape
+        ms = gemm_ms(self._gpu, "bfloat16", shape.local_vocab_size, shape.hidden_size, rows)
+        if shape.tensor_parallel_size > 1:
+            size = shape.vocab_size * shape.activation_bytes * rows
+            ms = ms + nccl_ms(self._gpu, "all_gather", shape.tensor_parallel_size, size)
+        return np.asarray(ms + 10.0 * shape.vocab_size * rows / bandwidth)
+
+
+class Attention:
+    """Attention kernels of one layer on one rank, their KV write included."""
+
+    def __init__(self, gpu: str, shape: ModelShape, window: int) -> None:
+        """``window``: the last tokens that a token sees, 0 for all."""
+        context, self._split, scale = _heads(gpu, "context_attention", shape, window)
+        decode, self._decode_split, decode_scale = _heads(
+            gpu, "generation_attention", shape, window
+        )
+        self._window = window
+        # Where this window is not measured, all is scaled by what it hides.
+        self._measured_window = window if window in _column(context, "window_size") else 0
+        self.bytes_per_token = (
+            2 * shape.local_kv_heads * shape.head_dim * shape.kv_element_bytes / self._decode_split
+        )
+        self._prefill = _Surface.of(context, "batch_size", "isl", scale).filled().logs()
+        lengths = decode.assign(tokens=decode["step"] + 1)
+        measured = _Surface.of(lengths, "batch_size", "tokens", decode_scale)
+        kept = np.minimum(measured.y, self._measured_window or np.inf)
+        moved = np.outer(measured.x, kept) * self.bytes_per_token
+        self.bytes_per_ms = float(np.nanmax(moved / measured.z))
+        # The benchmark reads one KV cache again and again, so that a small one comes from the L2
+        # cache. A layer's comes from memory: it takes the floor and the bytes at least.
+        floor = float(np.nanmin(measured.z))
+        measured.z = np.fmax(measured.z, floor + moved / self.bytes_per_ms)
+        self._decode = measured.filled().logs()
+
+    def decode_ms(self, num_requests: int, kv_tokens: float) -> float:
+        """One new token for each request, which see ``kv_tokens`` together.
+
+        Requests of different lengths take what as many of the mean length do.
+        """
+        split = self._decode_split
+        return self._decode(split * num_requests, max(kv_tokens / num_requests, 1.0))
+
+    def prefill_ms(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> float:
+        """Prompts, or chunks of them after what is in the cache.
+
+        Measured are whole prompts, T(P, L) for P of L tokens. A chunk of q tokens after c
+        takes the share of T that its (query, key) pairs are of the pairs of a whole prompt of
+        c + q tokens, so that the chunks of a prompt come to about the prompt. Among P prompts
+        of different lengths, each takes a P-th of what P of its length do.
+        """
+        count, ms = len(query_lens), 0.0
+        for q, c in zip(query_lens, context_lens, strict=True):
+            share = self._pairs(q, c, self._window)
+            share /= self._pairs(q + c, 0, self._measured_window)
+            ms += share * self._prefill(self._split * count, c + q) / count
+        return ms
+
+    @staticmethod
+    def _pairs(q: int, c: int, window: int) -> float:
+        if not window:
+            return q * (c + (q + 1) / 2)
+        whole = min(max(window - c, 0), q)
+        return whole * (c + (whole + 1) / 2) + (q - whole) * window
+
+
+def gemm_ms(gpu: str, dtype: str, n: int, k: int, rows: FloatArray) -> FloatArray:
+    """Times in ms of [rows, k] x [k, n] products, for each of ``rows``.
+
+    Between measured n and k, log-linear in each; beyond the largest, in proportion; between
+    measured rows, linear.
+
+    Raises:
+        NotMeasuredError: this dtype was not measured.
+    """
+    m_grid, n_grid, k_grid, log_ms = _gemm_table(gpu, dtype)
+    (i, u), (j, v) = _place(n_grid, math.log(n)), _place(k_grid, math.log(k))
+    at = (1 - u) * ((1 - v) * log_ms[:, i, j] + v * log_ms[:, i, j + 1])
+    at = at + u * ((1 - v) * log_ms[:, i + 1, j] + v * log_ms[:, i + 1, j + 1])
+    beyond = max(1.0, n / math.exp(n_grid[-1])) * max(1.0, k / math.exp(k_grid[-1]))
+    measured = np.exp(at) * beyond
+    ms = np.interp(rows, m_grid, measured)
+    return np.asarray(np.where(rows > m_grid[-1], measured[-1] * rows / m_grid[-1], ms))
+
+
+def all_reduce_ms(gpu: str, num_gpus: int, size: FloatArray) -> FloatArray:
+    """Times in ms to sum tensors of ``size`` bytes over ranks: vLLM's kernel inside a CUDA
+    graph up to CUSTOM_ALL_REDUCE_BYTES, above it NCCL's.
+
+    Raises:
+        NotMeasuredError: not with as many GPUs.
+    """
+    table = read(gpu, "custom_allreduce")
+    # The A100's table has no column for it, and holds graphs.
+    if "backend" in table:
+        table = table[table.backend.str.endswith("graph")]
+    custom = _by_size(table[table.num_gpus == num_gpus], gpu, num_gpus)
+    return np.asarray(
+        np.where(
+            size <= CUSTOM_ALL_REDUCE_BYTES,
+            _of_size(custom, size),
+            nccl_ms(gpu, "all_reduce", num_gpus, size),
+        )
+    )
+
+
+def nccl_ms(gpu: str, operation: str, num_gpus: int, size: FloatArray) -> FloatArray:
+    """Times in ms of one of NCCL's collectives on 16-bit tensors of ``size`` bytes.
+
+    Raises:
+        NotMeasuredError: not with as many GPUs.
+    """
+    table = read(gpu, "nccl")
+    chosen = (
+        (table.op_name == operation) & (table.num_gpus == num_gpus) & (table.nccl_dtype == "half")
+    )
+    return _of_size(_by_size(table[chosen], gpu, num_gpus), size)
+
+
+def _gemm_dtype(weight_dtype: str, block_fp8: bool) -> str:
+    if weight_dtype == "fp8":
+        return "fp8_block" if block_fp8 else "fp8"
+    return "bfloat16" if weight_dtype == "float16" else weight_dtype
+
+
+def _token_grid(gpu: str) -> FloatArray:
+    """Where a curve against tokens has its points: at the measured rows."""
+    rows = np.unique(read(gpu, "gemm")["m"].to_numpy(dtype=np.float64))
+    return np.append(rows, LARGEST_STEP)
+
+
+def _gemm_table(gpu: str, dtype: str) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Rows [M], log n [N], log k [K] and log ms [M, N, K] of all measured products."""
+    if (gpu, dtype) not in _GEMM_TABLES:
+        table = read(gpu, "gemm")
+        table = table[table.gemm_dtype == dtype]
+        if table.empty:
+            raise NotMeasuredError(f"no GEMM of {dtype} weights is measured on {gpu}")
+        m, n, k = (np.unique(table[c].to_numpy()) for c in ("m", "n", "k"))
+        ms = np.full((m.size, n.size, k.size), np.nan)
+        places = (np.searchsorted(grid, table[c]) for grid, c in ((m, "m"), (n, "n"), (k, "k")))
+        ms[tuple(places)] = table.ms
+        # The few largest that did not fit: in proportion to their columns and rows.
+        for i in range(1, n.size):
+            ms[:, i] = np.where(np.isnan(ms[:, i]), ms[:, i - 1] * n[i] / n[i - 1], ms[:, i])
+        for i in range(1, m.size):
+            ms[i] = np.where(np.isnan(ms[i]), ms[i - 1] * m[i] / m[i - 1], ms[i])
+        _GEMM_TABLES[gpu, dtype] = (m.astype(np.float64), np.log(n), np.log(k), np.log(ms))
+    return _GEMM_TABLES[gpu, dtype]
+
+
+_GEMM_TABLES: dict[tuple[str, str], tuple[FloatArray, FloatArray, FloatArray, FloatArray]] = {}
+
+
+def _heads(gpu: str, name: Table, shape: ModelShape, window: int) -> tuple[Any, int, float]:
+    """The rows for a rank's heads, as (rows, split, scale).
+
+    To a kernel, ``split`` times as many requests with a ``split``-th of the heads are the same
+    work, so that is taken where the heads themselves were not measured. Of head sizes the
+    nearest is taken, and times scaled in proportion.
+    """
+    table = read(gpu, name)
+    kv_dtype = "fp8" if shape.kv_dtype.startswith("fp8") else "bfloat16"
+    table = table[table.kv_cache_dtype == kv_dtype]
+    if "window_size" in table:
+        measured = window if (table.window_size == window).any() else 0
+        table = table[table.window_size == measured]
+    sizes = table.head_dim.unique()
+    if not sizes.size:
+        raise NotMeasuredError(f"no {name} with a KV cache of {kv_dtype} is measured on {gpu}")
+    nearest = min(sizes, key=lambda size: abs(math.log(size / shape.head_dim)))
+    table = table[table.head_dim == nearest]
+    heads, kv_heads = shape.local_heads, shape.local_kv_heads
+    for split in range(1, kv_heads + 1):
+        if heads % split or kv_heads % split:
+            continue
+        rows = table[
+            (table.num_heads == heads // split) & (table.num_key_value_heads == kv_heads // split)
+        ]
+        if not rows.empty:
+            return rows, split, shape.head_dim / nearest
+    raise NotMeasuredError(
+        f"no {name} of {heads} heads on {kv_heads} KV heads is measured on {gpu}"
+    )
+
+
+def _column(table: Any, name: str) -> frozenset[int]:
+    return frozenset(table[name].unique()) if name in table else frozenset()
+
+
+def _by_size(table: Any, gpu: str, num_gpus: int) -> tuple[FloatArray, FloatArray]:
+    if table.empty:
+        raise NotMeasuredError(f"no collective over {num_gpus} of {gpu} is measured")
+    means = table.groupby("message_size").ms.mean()
+    return means.index.to_numpy(dtype=np.float64), means.to_numpy(dtype=np.float64)
+
+
+def _of_size(measured: tuple[FloatArray, FloatArray], size: FloatArray) -> FloatArray:
+    sizes, ms = measured
+    largest = np.maximum(1.0, size / sizes[-1])
+    return np.asarray(np.interp(size, sizes, ms) * largest)
+
+
+def _place(grid: FloatArray, at: float) -> tuple[int, float]:
+    """The interval of ``grid`` that holds ``at``, and where in it, within 0 and 1."""
+    i = min(max(int(np.searchsorted(grid, at, side="right")) - 1, 0), grid.size - 2)
+    return i, min(max((at - grid[i]) / (grid[i + 1] - grid[i]), 0.0), 1.0)
+
+
+class _Curve:
+    """Linear between points, read at whole numbers. Lists, since one number is wanted."""
+
+    def __init__(self, x: FloatArray, y: FloatArray) -> None:
+        self._x, self._y = x.tolist(), y.tolist()
+
+    def __call__(self, at: int) -> float:
+        x, y = self._x, self._y
+        i = min(max(bisect_right(x, at) - 1, 0), len(x) - 2)
+        return y[i] + (y[i + 1] - y[i]) * max(0.0, (at - x[i]) / (x[i + 1] - x[i]))
+
+
+class _Surface:
+    """Times z [X, Y] against x and y; logs of all are linear between points."""
+
+    def __init__(self, x: FloatArray, y: FloatArray, z: FloatArray) -> None:
+        self.x, self.y, self.z = x, y, z
+
+    @classmethod
+    def of(cls, table: Any, x: str, y: str, scale: float) -> _Surface:
+        wide = table.pivot_table(index=x, columns=y, values="ms").sort_index()
+        return cls(
+            wide.index.to_numpy(dtype=np.float64),
+            wide.columns.to_numpy(dtype=np.float64),
+            scale * wide.to_numpy(dtype=np.float64),
+        )
+
+    def filled(self) -> _Surface:
+        """What was not measured, in proportion to the largest x that was."""
+        for i in range(1, self.x.size):
+            more = self.z[i - 1] * self.x[i] / self.x[i - 1]
+            self.z[i] = np.where(np.isnan(self.z[i]), more, self.z[i])
+        return self
+
+    def logs(self) -> _Surface:
+        self._log_x, self._log_y = np.log(self.x).tolist(), np.log(self.y).tolist()
+        self._log_z = np.log(self.z).tolist()
+        return self
+
+    def __call__(self, x: float, y: float) -> float:
+        log_x, log_y, z = self._log_x, self._log_y, self._log_z
+        at_x, at_y = math.log(x), math.log(y)
+        i = min(max(bisect_right(log_x, at_x) - 1, 0), len(log_x) - 2)
+        j = min(max(bisect_right(log_y, at_y) - 1, 0), len(log_y) - 2)
+        # Below the table its first point; beyond it, on along the last two.
+        u = max(0.0, (at_x - log_x[i]) / (log_x[i + 1] - log_x[i]))
+        v = max(0.0, (at_y - log_y[j]) / (log_y[j + 1] - log_y[j]))
+        low = z[i][j] + v * (z[i][j + 1] - z[i][j])
+        high = z[i + 1][j] + v * (z[i + 1][j + 1] - z[i + 1][j])
+        return math.exp(low + u * (high - low))
