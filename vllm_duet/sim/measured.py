@@ -12,6 +12,7 @@ attention, looked up by batch and length. A step then costs some twenty microsec
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 from vllm_duet.measured.tables import NotMeasuredError, Table, read
 from vllm_duet.roofline.model_shape import ModelShape
@@ -32,8 +34,13 @@ SMALL_KERNEL_US = 2.0
 activation. The smallest kernel in the tables (GDN's convolution of one token on an H100) takes
 1.8 us."""
 
-CUSTOM_ALL_REDUCE_BYTES = 8 << 20
-"""Up to here vLLM's own all-reduce, above NCCL's (CustomAllreduce's max_size)."""
+CUSTOM_ALL_REDUCE_ELEMENTS = (8 << 20) // 2
+"""Up to 8 MiB of 16 bits vLLM's own all-reduce, above NCCL's (CustomAllreduce's max_size)."""
+
+SPIKE = 1.4
+"""How much slower than its neighbours a product has to be to count as a disturbed benchmark."""
+
+ONE_TILE_ROWS = 128
 
 LARGEST_STEP = 1 << 20
 """Tokens of the largest step that a curve knows."""
@@ -127,8 +134,8 @@ class MeasuredSteps:
             moved = elements * shape.activation_bytes * tokens
             ms += layers * (1e-3 * SMALL_KERNEL_US + moved / bandwidth)
         if shape.tensor_parallel_size > 1:
-            size = hidden * shape.activation_bytes * tokens
-            ms += (2 * layers + 1) * all_reduce_ms(self._gpu, shape.tensor_parallel_size, size)
+            elements = hidden * tokens
+            ms += (2 * layers + 1) * all_reduce_ms(self._gpu, shape.tensor_parallel_size, elements)
         return ms
 
     def _per_sampled(self, rows: FloatArray, bandwidth: float) -> FloatArray:
@@ -136,8 +143,8 @@ class MeasuredSteps:
         shape = self._shape
         ms = gemm_ms(self._gpu, "bfloat16", shape.local_vocab_size, shape.hidden_size, rows)
         if shape.tensor_parallel_size > 1:
-            size = shape.vocab_size * shape.activation_bytes * rows
-            ms = ms + nccl_ms(self._gpu, "all_gather", shape.tensor_parallel_size, size)
+            elements = shape.vocab_size * rows
+            ms = ms + nccl_ms(self._gpu, "all_gather", shape.tensor_parallel_size, elements)
         return np.asarray(ms + 10.0 * shape.vocab_size * rows / bandwidth)
 
 
@@ -158,6 +165,7 @@ class Attention:
         )
         self._prefill = _Surface.of(context, "batch_size", "isl", scale).filled().logs()
         lengths = decode.assign(tokens=decode["step"] + 1)
+        self._floor_ms = float(self._prefill.z.min())
         measured = _Surface.of(lengths, "batch_size", "tokens", decode_scale)
         kept = np.minimum(measured.y, self._measured_window or np.inf)
         moved = np.outer(measured.x, kept) * self.bytes_per_token
@@ -179,16 +187,18 @@ class Attention:
     def prefill_ms(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> float:
         """Prompts, or chunks of them after what is in the cache.
 
-        Measured are whole prompts, T(P, L) for P of L tokens. A chunk of q tokens after c
-        takes the share of T that its (query, key) pairs are of the pairs of a whole prompt of
-        c + q tokens, so that the chunks of a prompt come to about the prompt. Among P prompts
-        of different lengths, each takes a P-th of what P of its length do.
+        Measured are whole prompts, T(P, L) for P of L tokens. Of what that is above the least a
+        kernel takes, a chunk of q tokens after c has the share that its (query, key) pairs are
+        of the pairs of a whole prompt of c + q tokens, so that the chunks of a prompt come to
+        about the prompt. Among P prompts of different lengths, each takes a P-th of what P of
+        its length do.
         """
-        count, ms = len(query_lens), 0.0
+        count, ms = len(query_lens), self._floor_ms
         for q, c in zip(query_lens, context_lens, strict=True):
             share = self._pairs(q, c, self._window)
             share /= self._pairs(q + c, 0, self._measured_window)
-            ms += share * self._prefill(self._split * count, c + q) / count
+            whole_ms = self._prefill(self._split * count, c + q)
+            ms += share * (whole_ms - self._floor_ms) / count
         return ms
 
     @staticmethod
@@ -218,9 +228,9 @@ def gemm_ms(gpu: str, dtype: str, n: int, k: int, rows: FloatArray) -> FloatArra
     return np.asarray(np.where(rows > m_grid[-1], measured[-1] * rows / m_grid[-1], ms))
 
 
-def all_reduce_ms(gpu: str, num_gpus: int, size: FloatArray) -> FloatArray:
-    """Times in ms to sum tensors of ``size`` bytes over ranks: vLLM's kernel inside a CUDA
-    graph up to CUSTOM_ALL_REDUCE_BYTES, above it NCCL's.
+def all_reduce_ms(gpu: str, num_gpus: int, elements: FloatArray) -> FloatArray:
+    """Times in ms to sum tensors of 16-bit ``elements`` over ranks: vLLM's kernel inside a
+    CUDA graph up to CUSTOM_ALL_REDUCE_ELEMENTS, above it NCCL's.
 
     Raises:
         NotMeasuredError: not with as many GPUs.
@@ -232,15 +242,18 @@ def all_reduce_ms(gpu: str, num_gpus: int, size: FloatArray) -> FloatArray:
     custom = _by_size(table[table.num_gpus == num_gpus], gpu, num_gpus)
     return np.asarray(
         np.where(
-            size <= CUSTOM_ALL_REDUCE_BYTES,
-            _of_size(custom, size),
-            nccl_ms(gpu, "all_reduce", num_gpus, size),
+            elements <= CUSTOM_ALL_REDUCE_ELEMENTS,
+            _of_size(custom, elements),
+            nccl_ms(gpu, "all_reduce", num_gpus, elements),
         )
     )
 
 
-def nccl_ms(gpu: str, operation: str, num_gpus: int, size: FloatArray) -> FloatArray:
-    """Times in ms of one of NCCL's collectives on 16-bit tensors of ``size`` bytes.
+def nccl_ms(gpu: str, operation: str, num_gpus: int, elements: FloatArray) -> FloatArray:
+    """Times in ms of one of NCCL's collectives on tensors of 16-bit ``elements``.
+
+    ``message_size`` in these tables counts elements: 2^29 of 8 bits take what 2^28 of 16 do,
+    and as bytes two H100 would not pass 160 GB/s over NVLink.
 
     Raises:
         NotMeasuredError: not with as many GPUs.
@@ -249,7 +262,7 @@ def nccl_ms(gpu: str, operation: str, num_gpus: int, size: FloatArray) -> FloatA
     chosen = (
         (table.op_name == operation) & (table.num_gpus == num_gpus) & (table.nccl_dtype == "half")
     )
-    return _of_size(_by_size(table[chosen], gpu, num_gpus), size)
+    return _of_size(_by_size(table[chosen], gpu, num_gpus), elements)
 
 
 def _gemm_dtype(weight_dtype: str, block_fp8: bool) -> str:
@@ -264,35 +277,36 @@ def _token_grid(gpu: str) -> FloatArray:
     return np.append(rows, LARGEST_STEP)
 
 
+@functools.cache
 def _gemm_table(gpu: str, dtype: str) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Rows [M], log n [N], log k [K] and log ms [M, N, K] of all measured products."""
-    if (gpu, dtype) not in _GEMM_TABLES:
-        table = read(gpu, "gemm")
-        table = table[table.gemm_dtype == dtype]
-        if table.empty:
-            raise NotMeasuredError(f"no GEMM of {dtype} weights is measured on {gpu}")
-        m, n, k = (np.unique(table[c].to_numpy()) for c in ("m", "n", "k"))
-        ms = np.full((m.size, n.size, k.size), np.nan)
-        places = (np.searchsorted(grid, table[c]) for grid, c in ((m, "m"), (n, "n"), (k, "k")))
-        ms[tuple(places)] = table.ms
-        # The few largest that did not fit: in proportion to their columns and rows.
-        for i in range(1, n.size):
-            ms[:, i] = np.where(np.isnan(ms[:, i]), ms[:, i - 1] * n[i] / n[i - 1], ms[:, i])
-        for i in range(1, m.size):
-            ms[i] = np.where(np.isnan(ms[i]), ms[i - 1] * m[i] / m[i - 1], ms[i])
-        _GEMM_TABLES[gpu, dtype] = (m.astype(np.float64), np.log(n), np.log(k), np.log(ms))
-    return _GEMM_TABLES[gpu, dtype]
-
-
-_GEMM_TABLES: dict[tuple[str, str], tuple[FloatArray, FloatArray, FloatArray, FloatArray]] = {}
+    table = read(gpu, "gemm")
+    table = table[table.gemm_dtype == dtype]
+    if table.empty:
+        raise NotMeasuredError(f"no GEMM of {dtype} weights is measured on {gpu}")
+    m, n, k = (np.unique(table[c].to_numpy(dtype=np.float64)) for c in ("m", "n", "k"))
+    ms = np.full((m.size, n.size, k.size), np.nan)
+    at = [np.searchsorted(grid, table[c]) for grid, c in ((m, "m"), (n, "n"), (k, "k"))]
+    ms[tuple(at)] = table.ms
+    # The few largest that did not fit: in proportion to their columns and rows.
+    for i in range(1, n.size):
+        ms[:, i] = np.where(np.isnan(ms[:, i]), ms[:, i - 1] * n[i] / n[i - 1], ms[:, i])
+    for i in range(1, m.size):
+        ms[i] = np.where(np.isnan(ms[i]), ms[i - 1] * m[i] / m[i - 1], ms[i])
+    # Below one tile of rows the weights are all there is to read, so that times of neighbouring
+    # rows differ by how busy the GPU was: by up to 15 %, in two modes, on an H100.
+    few = int(np.searchsorted(m, ONE_TILE_ROWS, side="right"))
+    ms[:few] = ndimage.median_filter(ms[:few], size=(5, 1, 1), mode="nearest")
+    return m, np.log(n), np.log(k), _without_spikes(np.log(ms), np.log(n), np.log(k))
 
 
 def _heads(gpu: str, name: Table, shape: ModelShape, window: int) -> tuple[Any, int, float]:
     """The rows for a rank's heads, as (rows, split, scale).
 
     To a kernel, ``split`` times as many requests with a ``split``-th of the heads are the same
-    work, so that is taken where the heads themselves were not measured. Of head sizes the
-    nearest is taken, and times scaled in proportion.
+    work, so that is taken where the heads themselves were not measured; and where that was not
+    either, the next larger number of query heads on as many KV heads. Of head sizes the nearest
+    is taken, and times scaled in proportion.
     """
     table = read(gpu, name)
     kv_dtype = "fp8" if shape.kv_dtype.startswith("fp8") else "bfloat16"
@@ -305,15 +319,24 @@ def _heads(gpu: str, name: Table, shape: ModelShape, window: int) -> tuple[Any, 
         raise NotMeasuredError(f"no {name} with a KV cache of {kv_dtype} is measured on {gpu}")
     nearest = min(sizes, key=lambda size: abs(math.log(size / shape.head_dim)))
     table = table[table.head_dim == nearest]
+    scale = shape.head_dim / nearest
     heads, kv_heads = shape.local_heads, shape.local_kv_heads
-    for split in range(1, kv_heads + 1):
-        if heads % split or kv_heads % split:
-            continue
+    splits = [n for n in range(1, kv_heads + 1) if not (heads % n or kv_heads % n)]
+    for split in splits:
         rows = table[
             (table.num_heads == heads // split) & (table.num_key_value_heads == kv_heads // split)
         ]
         if not rows.empty:
-            return rows, split, shape.head_dim / nearest
+            return rows, split, scale
+    for split in splits:
+        rows = table[
+            (table.num_heads > heads // split) & (table.num_key_value_heads == kv_heads // split)
+        ]
+        if not rows.empty:
+            more = rows.num_heads.min()
+            # Prefill is arithmetic; decode reads the same KV cache for more queries.
+            fewer = heads / split / more if name == "context_attention" else 1.0
+            return rows[rows.num_heads == more], split, scale * fewer
     raise NotMeasuredError(
         f"no {name} of {heads} heads on {kv_heads} KV heads is measured on {gpu}"
     )
@@ -327,13 +350,41 @@ def _by_size(table: Any, gpu: str, num_gpus: int) -> tuple[FloatArray, FloatArra
     if table.empty:
         raise NotMeasuredError(f"no collective over {num_gpus} of {gpu} is measured")
     means = table.groupby("message_size").ms.mean()
-    return means.index.to_numpy(dtype=np.float64), means.to_numpy(dtype=np.float64)
+    ms = _never_slower(means.to_numpy(dtype=np.float64), axis=0)
+    return means.index.to_numpy(dtype=np.float64), ms
 
 
-def _of_size(measured: tuple[FloatArray, FloatArray], size: FloatArray) -> FloatArray:
+def _of_size(measured: tuple[FloatArray, FloatArray], elements: FloatArray) -> FloatArray:
     sizes, ms = measured
-    largest = np.maximum(1.0, size / sizes[-1])
-    return np.asarray(np.interp(size, sizes, ms) * largest)
+    beyond = np.maximum(1.0, elements / sizes[-1])
+    return np.asarray(np.interp(elements, sizes, ms) * beyond)
+
+
+def _without_spikes(log_ms: FloatArray, log_n: FloatArray, log_k: FloatArray) -> FloatArray:
+    """Products that take SPIKE times what those of neighbouring n and k do, put right.
+
+    Bursts of other work disturbed some benchmarks: 17 rows take 28 us on a B200, and 32 take 17.
+    That a number of rows suits a kernel badly is left as it is, since it shows at every n and k.
+    """
+    expected = np.full((2, *log_ms.shape), np.nan)
+    for axis, grid in ((1, log_n), (2, log_k)):
+        steps = (grid[1:-1] - grid[:-2]) / (grid[2:] - grid[:-2])
+        share = steps[:, None] if axis == 1 else steps
+        low, high = (np.take(log_ms, range(i, grid.size - 2 + i), axis) for i in (0, 2))
+        inside = (
+            (slice(None), slice(1, -1)) if axis == 1 else (slice(None), slice(None), slice(1, -1))
+        )
+        expected[axis - 1][inside] = (1 - share) * low + share * high
+    # At the corners of the table there are no neighbours.
+    found = np.nanmean(
+        np.append(expected, [np.where(np.isnan(expected).all(0), log_ms, np.nan)], 0), 0
+    )
+    return np.where(log_ms > found + math.log(SPIKE), found, log_ms)
+
+
+def _never_slower(ms: FloatArray, axis: int) -> FloatArray:
+    """Less work takes no longer than more: takes out what disturbed a benchmark."""
+    return np.flip(np.minimum.accumulate(np.flip(ms, axis), axis), axis)
 
 
 def _place(grid: FloatArray, at: float) -> tuple[int, float]:
@@ -374,6 +425,7 @@ class _Surface:
         for i in range(1, self.x.size):
             more = self.z[i - 1] * self.x[i] / self.x[i - 1]
             self.z[i] = np.where(np.isnan(self.z[i]), more, self.z[i])
+        self.z = _never_slower(_never_slower(self.z, axis=0), axis=1)
         return self
 
     def logs(self) -> _Surface:

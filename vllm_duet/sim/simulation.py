@@ -72,6 +72,7 @@ class Options:
     seed: int = 0
     model_error: float = 0.0
     tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     weight_dtype: str | None = None
     kv_dtype: str | None = None
     enable_prefix_caching: bool = True
@@ -312,7 +313,7 @@ class Simulation:
         """Tokens of KV cache that vLLM would find room for: what is left of its share of
         the memory beside weights, activations of the largest step, logits, and the rest."""
         shape, options = self.shape, self.options
-        memory = GPU_MEMORY_UTILIZATION * self.profile.memory_bytes
+        memory = options.gpu_memory_utilization * self.profile.memory_bytes
         width = 4 * shape.hidden_size + 3 * shape.local_width(shape.intermediate_size)
         activations = options.max_num_batched_tokens * width * shape.activation_bytes
         # Logits in 16 and in 32 bits.

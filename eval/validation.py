@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulator against what others measured of vLLM; writes docs/validation.md.
+
+python eval/validation.py            # 10 to 15 minutes on two cores
+python eval/validation.py --page     # the page alone, from the results on file
+
+Needs ``pip install vllm-duet[measured]``, whose wheel holds the measurements of whole systems too
+(silicon_sample.csv), and the models' config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from vllm_duet.measured import tables
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "validation"
+PAGE = HERE.parent / "docs" / "validation.md"
+
+GPUS = {name: ours for ours, name in tables.SYSTEMS.items()}
+CONFIGS = {
+    "meta-llama/Llama-3.1-70B": "meta-llama--Meta-Llama-3.1-70B",
+    "nvidia/Llama-3.1-8B-Instruct-FP8": "meta-llama--Meta-Llama-3.1-8B",
+}
+"""Models whose shape stands under another name in the wheel."""
+
+PER_GROUP = 5
+"""Rows of one GPU, model, precision and number of ranks that are simulated."""
+
+LONGEST_OUTPUT = 2048
+"""Longer answers take minutes to simulate, and are the same decode steps again."""
+
+FRONT_END_MS, TOKENIZER_US = 3.0, 2.0
+"""The API server and the client between them, a request; and a prompt's token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a set of rows was measured, as far as it is known."""
+
+    name: str
+    sources: str
+    shortest: float
+    kv_fp8: tuple[str, ...]
+    max_num_seqs: int | None
+    async_since: str = "0.0"
+
+
+INFERENCE_MAX = Recipe(
+    "InferenceMAX",
+    "its public recipes (README and benchmarks/ of InferenceMAX, later InferenceX): lengths 80 to"
+    " 100 % of the named, ten prompts a client, asynchronous scheduling, no prefix caching, 8192"
+    " tokens a step, 90 % of the memory, an fp8 KV cache on H200 and B200",
+    0.8,
+    ("h200_sxm", "b200_sxm", "b300_sxm"),
+    None,
+)
+GAP_ANALYSIS = Recipe(
+    "NVIDIA's gap analysis",
+    "vLLM 0.12's defaults, as nothing else is said: no asynchronous scheduling, 8192 tokens and"
+    " 1024 requests a step; all lengths as named",
+    1.0,
+    (),
+    1024,
+    "0.14",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement of a whole system: a closed loop of ``concurrency`` clients."""
+
+    id: str
+    recipe: str
+    system: str
+    model: str
+    precision: str
+    release: str
+    tp: int
+    input_length: int
+    output_length: int
+    concurrency: int
+    ttft_ms: float
+    tpot_ms: float
+
+    @property
+    def group(self) -> str:
+        return f"{GPUS[self.system]}, {self.model.split('/')[-1]} {self.precision}, TP {self.tp}"
+
+    @property
+    def half(self) -> str:
+        """Constants may be set by "set", and are judged by "held out"."""
+        return "set" if _digest(self.id) % 2 else "held out"
+
+
+def _digest(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
+def read_rows() -> tuple[list[Row], dict[str, int]]:
+    """vLLM's rows on the GPUs we have profiles of, and how many were left out and why."""
+    frame = pd.read_csv(tables.systems_folder() / "silicon_sample.csv")
+    frame = frame[(frame.backend == "vllm") & (frame["mode"] == "agg")]
+    rows: list[Row] = []
+    left_out: dict[str, int] = {}
+
+    def leave_out(why: str) -> None:
+        left_out[why] = left_out.get(why, 0) + 1
+
+    for row in frame.itertuples():
+        named = re.search(r"concurrency=(\d+)", row.silicon_data_source)
+        experts_split = row.moe_tp_size * row.moe_ep_size > max(row.tp_size, 1)
+        if row.system not in GPUS:
+            leave_out("a GPU without a profile")
+        elif row.attention_dp_size > 1 or experts_split:
+            leave_out("data-parallel attention, which is several schedulers")
+        elif row.osl > LONGEST_OUTPUT:
+            leave_out(f"answers of more than {LONGEST_OUTPUT} tokens")
+        elif row.precision == "fp4" and "gpt-oss" not in row.model_path:
+            leave_out("4-bit floating point, which the simulator has no shape for")
+        else:
+            gap = "gap-analysis" in row.silicon_data_source
+            precision = "bf16" if pd.isna(row.precision) else row.precision
+            rows.append(
+                Row(
+                    row.id,
+                    (GAP_ANALYSIS if gap else INFERENCE_MAX).name,
+                    row.system,
+                    row.model_path,
+                    precision,
+                    "" if pd.isna(row.backend_version) else str(row.backend_version),
+                    int(row.tp_size),
+                    int(row.isl),
+                    int(row.osl),
+                    int(named[1] if named else row.batch_size),
+                    float(row.silicon_ttft_ms),
+                    float(row.silicon_tpot_ms),
+                )
+            )
+    return rows, left_out
+
+
+def chosen(rows: Iterable[Row]) -> list[Row]:
+    """Up to PER_GROUP rows a group, by a hash of their names: nothing of their times counts."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: _digest("choose " + row.id)):
+        groups.setdefault(row.group, []).append(row)
+    return sorted(
+        (row for group in groups.values() for row in group[:PER_GROUP]),
+        key=lambda row: (row.group, row.input_length, row.output_length, row.concurrency),
+    )
+
+
+def simulate(row: Row) -> dict[str, Any]:
+    """A row's run by our simulator, with vLLM's own scheduler."""
+    from vllm_duet.sim.engine import FrontEnd
+    from vllm_duet.sim.simulation import Options, Simulation
+    from vllm_duet.sim.traces import TraceRequest
+
+    recipe = GAP_ANALYSIS if row.recipe == GAP_ANALYSIS.name else INFERENCE_MAX
+    name = CONFIGS.get(row.model, row.model.replace("/", "--"))
+    options = Options(
+        tables.systems_folder().parent / "model_configs" / f"{name}_config.json",
+        gpu=GPUS[row.system],
+        scheduler="stock",
+        tensor_parallel_size=row.tp,
+        gpu_memory_utilization=0.9,
+        weight_dtype="fp8" if row.precision == "fp8" else None,
+        kv_dtype="fp8" if row.system in recipe.kv_fp8 else None,
+        enable_prefix_caching=False,
+        async_scheduling=recipe is INFERENCE_MAX,
+        max_num_seqs=recipe.max_num_seqs or row.concurrency,
+        concurrency=row.concurrency,
+        front_end=FrontEnd(FRONT_END_MS, TOKENIZER_US),
+    )
+    random = np.random.default_rng(0)
+    lengths = [
+        random.integers(int(recipe.shortest * mean), mean + 1, 10 * row.concurrency)
+        for mean in (row.input_length, row.output_length)
+    ]
+    requests = [TraceRequest(0.0, int(a), int(b)) for a, b in zip(*lengths, strict=True)]
+    simulation = Simulation(options)
+    start = time.perf_counter()
+    records = simulation.run(requests).records
+    return asdict(row) | {
+        "group": row.group,
+        "half": row.half,
+        "truth": simulation.truth,
+        # Not all clients' requests fit the KV cache: what waits is the queue's length.
+        "saturated": bool(
+            row.concurrency * sum(map(np.mean, lengths)) > simulation.kv_cache_tokens
+        ),
+        "our_ttft_ms": float(np.mean([r.token_ms[0] - r.arrival_ms for r in records])),
+        "our_tpot_ms": float(
+            np.mean(
+                [(r.token_ms[-1] - r.token_ms[0]) / max(1, r.output_length - 1) for r in records]
+            )
+        ),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def known(row: Row) -> str:
+    """Why a row's model cannot be simulated; empty where it can."""
+    from vllm_duet.roofline import ModelShape
+
+    name = CONFIGS.get(row.model, row.model.replace("/", "--"))
+    path = tables.systems_folder().parent / "model_configs" / f"{name}_config.json"
+    try:
+        ModelShape.from_hf_config(path, tensor_parallel_size=row.tp)
+    except (OSError, ValueError) as error:
+        return f"{row.model}: {str(error).split(';')[0]}"
+    return ""
+
+
+def main(
+    workers: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
+    page: Annotated[bool, typer.Option("--page", help="Only make the page anew.")] = False,
+    only: Annotated[str, typer.Option(help="Only groups with this in their name.")] = "",
+) -> None:
+    if not page:
+        serving(workers, only)
+    if not only:
+        PAGE.write_text(write_page())
+
+
+def serving(workers: int, only: str) -> None:
+    """Whole systems; prints the errors, and writes serving.json unless ``only`` some ran."""
+    rows, left_out = read_rows()
+    reasons = {row.model: known(row) for row in {row.model: row for row in rows}.values()}
+    for row in rows:
+        if reasons[row.model]:
+            left_out[reasons[row.model]] = left_out.get(reasons[row.model], 0) + 1
+    rows = chosen(row for row in rows if not reasons[row.model] and only in row.group)
+    results = []
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(simulate, row) for row in rows]
+        for future in track(as_completed(futures), total=len(rows), console=Console(stderr=True)):
+            results.append(future.result())
+    order = {row.id: n for n, row in enumerate(rows)}
+    results.sort(key=lambda result: order[result["id"]])
+    for r in results:
+        ttft, tpot = errors([r], "ttft")[0], errors([r], "tpot")[0]
+        print(
+            f"{r['group']} {r['input_length']}/{r['output_length']} c{r['concurrency']}:"
+            f" TTFT {r['our_ttft_ms']:.0f} for {r['ttft_ms']:.0f} ({ttft:+.0%}),"
+            f" TPOT {r['our_tpot_ms']:.1f} for {r['tpot_ms']:.1f} ({tpot:+.0%})"
+            f"{' saturated' if r['saturated'] else ''}, {r['half']}, {r['seconds']:.0f} s"
+        )
+    for half in ("set", "held out"):
+        some = [r for r in results if r["half"] == half and not r["saturated"]]
+        if some:
+            print(half, len(some), *(f"{k} {mean_error(some, k):.1%}" for k in ("ttft", "tpot")))
+    if not only:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        content = {"provenance": head(), "left_out": left_out, "rows": results}
+        (RESULTS / "serving.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def head() -> dict[str, Any]:
+    from vllm_duet.sim.results import provenance
+
+    command = shlex.join(["python", "eval/validation.py", *sys.argv[1:]])
+    return provenance(command) | {
+        "measured": f"{tables.release()}: systems/silicon_sample.csv",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
+    }
+
+
+def errors(rows: list[dict[str, Any]], of: str) -> np.ndarray[Any, Any]:
+    """(ours - measured) / measured."""
+    return np.array([row[f"our_{of}_ms"] / row[f"{of}_ms"] - 1 for row in rows])
+
+
+def mean_error(rows: list[dict[str, Any]], of: str) -> float:
+    return float(np.mean(np.abs(errors(rows, of))))
+
+
+def write_page() -> str:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measured truth: against tables made up by formula, and against the measured ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+pd = pytest.importorskip("pandas", reason="needs vllm-duet[measured]")
+
+from sim.harness import MODEL, NO_COSTS, QUIET, roofline, simulation  # noqa: E402
+
+from vllm_duet.measured import tables  # noqa: E402
+from vllm_duet.roofline import ModelShape  # noqa: E402
+from vllm_duet.sim import measured  # noqa: E402
+from vllm_duet.sim.executor import GroundTruth  # noqa: E402
+from vllm_duet.sim.measured import Attention, MeasuredSteps, NotMeasuredError  # noqa: E402
+from vllm_duet.sim.simulation import Options, Simulation  # noqa: E402
+from vllm_duet.sim.traces import TraceRequest  # noqa: E402
+
+GPU = "h100-sxm"
+SHAPE = ModelShape.from_hf_config(MODEL)
+
+# ms of one unit of work; of a product a unit is one of its m n k
+GEMM, PREFILL, DECODE, REDUCE, GATHER = 1e-12, 1e-7, 1e-6, 3e-9, 5e-9
+
+
+def made_up(gpu: str, table: str) -> pd.DataFrame:
+    """Times in proportion to the work, so that interpolation is exact."""
+    rows: list[dict[str, Any]] = []
+    heads = dict(head_dim=128, kv_cache_dtype="bfloat16")
+    if table == "gemm":
+        sizes = (64, 1024, 65536)
+        rows = [
+            dict(gemm_dtype="bfloat16", m=m, n=n, k=k, ms=GEMM * m * n * k)
+            for m, n, k in product((1, 16, 512, 8192), sizes, sizes)
+        ]
+    elif table == "context_attention":
+        rows = [
+            dict(batch_size=b, isl=n, ms=PREFILL * b * n**2, **heads, num_heads=h)
+            | {"num_key_value_heads": h // 4}
+            for b, n, h in product((1, 4, 64), (1, 256, 16384), (16, 32))
+        ]
+    elif table == "generation_attention":
+        rows = [
+            dict(batch_size=b, step=n - 1, ms=DECODE * b * n, **heads, num_heads=h)
+            | {"num_key_value_heads": h // 4}
+            for b, n, h in product((1, 4, 1024), (2, 256, 131072), (16, 32))
+        ]
+    elif table == "custom_allreduce":
+        rows = [dict(num_gpus=2, message_size=n, ms=REDUCE * n) for n in (1, 1 << 30)]
+    else:
+        unit = {"all_reduce": 2 * REDUCE, "all_gather": GATHER}
+        rows = [
+            dict(num_gpus=2, op_name=name, nccl_dtype="half", message_size=n, ms=unit[name] * n)
+            for name, n in product(unit, (1, 1 << 30))
+        ]
+    frame = pd.DataFrame(rows)
+    frame.attrs["source"] = "made up"
+    return frame
+
+
+@pytest.fixture
+def made_up_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(measured, "read", made_up)
+    monkeypatch.setattr(measured, "STEP_US", 0.0)
+    monkeypatch.setattr(measured, "SMALL_KERNEL_US", 0.0)
+    measured._gemm_table.cache_clear()
+    yield
+    measured._gemm_table.cache_clear()
+
+
+def gemms_ms(shape: ModelShape, tokens: float, sampled: float) -> float:
+    hidden, wide = shape.hidden_size, shape.local_heads * shape.head_dim
+    kv = shape.local_kv_heads * shape.head_dim
+    layer = hidden * (2 * wide + 2 * kv) + 3 * hidden * shape.local_width(shape.intermediate_size)
+    head = shape.local_vocab_size * hidden
+    return GEMM * (shape.num_layers * layer * tokens + head * sampled)
+
+
+def traffic_ms(shape: ModelShape, tokens: float, sampled: float) -> float:
+    """Norms, rotary embedding and norm of Q and K, activation and logits, at the bandwidth
+    that the made-up decode attention has."""
+    wide = (shape.local_heads + shape.local_kv_heads) * shape.head_dim
+    elements = 8 * shape.hidden_size + 4 * wide + 3 * shape.local_width(shape.intermediate_size)
+    moved = shape.num_layers * 2 * elements * tokens + 10 * shape.vocab_size * sampled
+    return moved / (4 * shape.local_kv_heads * shape.head_dim / DECODE)
+
+
+def test_a_step_is_the_sum_of_its_kernels(made_up_tables: None) -> None:
+    steps, layers = MeasuredSteps(SHAPE, GPU), SHAPE.num_layers
+    decodes, queries, contexts = [100, 1900, 999], [700, 300], [0, 1300]
+    # Whole prompts are measured: L^2 for L (L + 1) / 2 pairs; a chunk takes its share.
+    attention = PREFILL * sum(
+        (q + c) ** 2 * q * (c + (q + 1) / 2) / ((q + c) * (q + c + 1) / 2)
+        for q, c in zip(queries, contexts, strict=True)
+    )
+    expected = gemms_ms(SHAPE, 1003, 5) + traffic_ms(SHAPE, 1003, 5)
+    expected += layers * (attention + DECODE * (sum(decodes) + 3))
+    assert steps.step_ms(decodes, queries, contexts) == pytest.approx(expected, rel=1e-3)
+    # Padding is computed, and reads no KV cache.
+    padded = steps.step_ms(decodes, [], [], padding=5)
+    expected = gemms_ms(SHAPE, 8, 8) + traffic_ms(SHAPE, 8, 8)
+    expected += layers * DECODE * (sum(decodes) + 3)
+    assert padded == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize(("tokens", "unit"), [(512, REDUCE), (8192, 2 * REDUCE)])
+def test_ranks_share_the_work_and_sum_up(made_up_tables: None, tokens: int, unit: float) -> None:
+    half = replace(SHAPE, tensor_parallel_size=2)
+    steps = MeasuredSteps(half, GPU)
+    # Above 8 MiB, 1024 tokens of 4096 elements of 16 bits, it is NCCL, slower here.
+    expected = gemms_ms(half, tokens, 1) + traffic_ms(half, tokens, 1)
+    expected += (2 * half.num_layers + 1) * unit * tokens * half.hidden_size
+    expected += GATHER * half.vocab_size
+    expected += half.num_layers * PREFILL * tokens**2
+    assert steps.step_ms([], [tokens], [0]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_heads_that_were_not_measured_are_more_requests(made_up_tables: None) -> None:
+    # 64 heads on 16 KV heads: to the kernel, twice the requests with 32 on 8.
+    twice = Attention(GPU, replace(SHAPE, num_heads=64, num_kv_heads=16), 0)
+    once = Attention(GPU, SHAPE, 0)
+    assert twice.decode_ms(3, 3000) == pytest.approx(2 * once.decode_ms(3, 3000), rel=1e-2)
+    assert twice.prefill_ms([512], [0]) == pytest.approx(2 * once.prefill_ms([512], [0]))
+    # 24 heads on 8: the 32 on 8 that were; decode reads the same, prefill computes less.
+    fewer = Attention(GPU, replace(SHAPE, num_heads=24), 0)
+    assert fewer.decode_ms(3, 3000) == pytest.approx(once.decode_ms(3, 3000), rel=1e-2)
+    assert fewer.prefill_ms([512], [0]) == pytest.approx(0.75 * once.prefill_ms([512], [0]))
+    with pytest.raises(NotMeasuredError, match="5 KV heads"):
+        Attention(GPU, replace(SHAPE, num_heads=10, num_kv_heads=5), 0)
+
+
+def test_what_was_not_measured_is_named() -> None:
+    with pytest.raises(NotMeasuredError, match="int4"):
+        MeasuredSteps(replace(SHAPE, weight_dtype="int4"), GPU)
+    with pytest.raises(NotMeasuredError, match="abacus"):
+        MeasuredSteps(SHAPE, "abacus")
+    with pytest.raises(NotMeasuredError, match="over 16"):
+        MeasuredSteps(replace(SHAPE, num_kv_heads=16, tensor_parallel_size=16), GPU)
+
+
+# The measured tables
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+def test_measured_products_are_met(dtype: str) -> None:
+    """But for the few that were disturbed, as their neighbours show."""
+    table = tables.read(GPU, "gemm")
+    table = table[(table.gemm_dtype == dtype) & (table.n >= 1024) & (table.k >= 1024)]
+    ratios = []
+    for (n, k), rows in table.groupby(["n", "k"]):
+        found = measured.gemm_ms(GPU, dtype, n, k, rows.m.to_numpy())
+        ratios.append(found / rows.ms.to_numpy())
+    ratio = np.concatenate(ratios)
+    assert np.mean(np.abs(ratio - 1) < 0.03) > 0.85
+    assert np.mean(np.abs(ratio - 1) < 0.15) > 0.97
+
+
+def left_out(gpu: str, table: str, column: str, values: list[int]) -> tuple[Any, Any]:
+    whole = tables.read(gpu, table)
+    held = whole[column].isin(values)
+    kept = whole[~held].copy()
+    kept.attrs = whole.attrs
+    return kept, whole[held]
+
+
+@pytest.mark.parametrize(("column", "allowed"), [("n", 0.08), ("k", 0.08), ("m", 0.10)])
+def test_products_between_measured_ones(
+    monkeypatch: pytest.MonkeyPatch, column: str, allowed: float
+) -> None:
+    """Every other size is taken out and found again; mean absolute error."""
+    table = tables.read(GPU, "gemm")
+    sizes = sorted(size for size in table[column].unique() if size >= 64 or column == "m")
+    kept, held = left_out(GPU, "gemm", column, sizes[1:-1:2])
+    monkeypatch.setattr(measured, "read", lambda *_: kept)
+    measured._gemm_table.cache_clear()
+    held = held[(held.gemm_dtype == "bfloat16") & (held.n >= 1024) & (held.k >= 1024)]
+    held = held[held[column] < 51200]
+    wrong = [
+        measured.gemm_ms(GPU, "bfloat16", n, k, rows.m.to_numpy()) / rows.ms.to_numpy() - 1
+        for (n, k), rows in held.groupby(["n", "k"])
+    ]
+    measured._gemm_table.cache_clear()
+    assert np.mean(np.abs(np.concatenate(wrong))) < allowed
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "allowed"),
+    [
+        ("generation_attention", "step", 0.12),
+        ("generation_attention", "batch_size", 0.12),
+        ("context_attention", "isl", 0.08),
+    ],
+)
+def test_attention_between_measured_ones(
+    monkeypatch: pytest.MonkeyPatch, table: str, column: str, allowed: float
+) -> None:
+    whole = tables.read(GPU, table)
+    sizes = sorted(size for size in whole[column].unique() if size >= 4)
+    kept, held = left_out(GPU, table, column, sizes[1:-1:2])
+    read = tables.read
+    monkeypatch.setattr(
+        measured, "read", lambda gpu, name: kept if name == table else read(gpu, name)
+    )
+    attention = Attention(GPU, SHAPE, 0)
+    held = held[(held.num_heads == 32) & (held.num_key_value_heads == 8) & (held.head_dim == 128)]
+    held = held[(held.kv_cache_dtype == "bfloat16") & (held.window_size == 0)]
+    # What a small KV cache takes in the L2 cache is not what we want to meet.
+    held = held[held.ms > 0.05]
+    assert len(held) > 20
+    if table == "context_attention":
+        found = [
+            attention.prefill_ms([r.isl] * r.batch_size, [0] * r.batch_size)
+            for r in held.itertuples()
+        ]
+    else:
+        found = [
+            attention.decode_ms(r.batch_size, r.batch_size * (r.step + 1))
+            for r in held.itertuples()
+        ]
+    assert np.mean(np.abs(found / held.ms - 1)) < allowed
+
+
+def test_attention_grows_with_its_work() -> None:
+    attention = Attention(GPU, SHAPE, 0)
+    for batch in (1, 7, 100):
+        times = [attention.decode_ms(batch, batch * kv) for kv in (10, 100, 900, 5000, 200_000)]
+        assert times == sorted(times)
+    for chunk in (128, 512, 3000):
+        contexts = [0, 100, 1000, 8000, 30_000]
+        times = [attention.prefill_ms([chunk], [context]) for context in contexts]
+        assert times[1:] == sorted(times[1:])
+    # No kernel reads KV from memory faster than the memory is.
+    kv_bytes = 16 * 500 * 2 * 8 * 128 * 2
+    assert attention.decode_ms(16, 16 * 500) > kv_bytes / 3.35e9
+    # The chunks of a prompt come to about the prompt, and not to much less.
+    whole = attention.prefill_ms([8192], [0])
+    chunks = sum(attention.prefill_ms([1024], [1024 * n]) for n in range(8))
+    assert 0.95 * whole < chunks < 1.3 * whole
+
+
+# In the simulator
+
+
+def test_the_rooflines_ratio_slows_what_was_measured() -> None:
+    truth = GroundTruth(roofline(), QUIET, MeasuredSteps(SHAPE, GPU))
+    decode, prefill = truth.decode([2000] * 30), truth.prefill([3000], [500])
+    assert decode.whole_ms == truth.measured.step_ms([2000] * 30, [], [], padding=2)
+    assert truth.step_ms([2000] * 30, [], []) == decode.whole_ms
+    mixed_ms = truth.measured.step_ms([2000] * 30, [3000], [500])
+    assert truth.step_ms([2000] * 30, [3000], [500]) == mixed_ms
+    alone = GroundTruth(roofline(), QUIET)
+    lanes = (alone.decode([2000] * 30), alone.prefill([3000], [500]))
+    beside, expected = truth.pair_ms(decode, prefill, 32, 100), alone.pair_ms(*lanes, 32, 100)
+    for work, lane, sms, pair, ratio in zip(
+        (decode, prefill), lanes, (32, 100), beside, expected, strict=True
+    ):
+        factor = work.whole_ms / lane.whole_ms
+        assert not 0.99 < factor < 1.01
+        assert truth.lane_ms(work, sms) == pytest.approx(factor * alone.lane_ms(lane, sms))
+        assert pair == pytest.approx(factor * ratio)
+
+
+def test_a_simulation_takes_the_measured_truth_and_says_so() -> None:
+    sim = simulation("stock", truth="measured")
+    assert "aiconfigurator-core" in sim.truth and "h100" in sim.truth
+    (record,) = sim.run([TraceRequest(0.0, 400, 3)]).records
+    steps = MeasuredSteps(SHAPE, GPU)
+    expected = [steps.step_ms([], [400], [0]), steps.step_ms([400], [], [])]
+    assert np.diff([0.0, *record.token_ms[:2]]) == pytest.approx(expected)
+    other = Simulation(Options(MODEL, truth="roofline", disturbances=QUIET, costs=NO_COSTS))
+    assert other.truth == "the roofline" and other.measured is None
+
+
+def test_without_a_table_the_roofline_is_true_and_says_why(tmp_path: Any) -> None:
+    sim = Simulation(Options(MODEL, weight_dtype="int8"))
+    assert sim.measured is None and "int8" in sim.truth
