@@ -79,6 +79,30 @@ def test_the_same_command_gives_the_same_files(runs, trace, tmp_path):
     assert first == second
 
 
+def test_the_summary_says_what_was_simulated(trace, tmp_path):
+    options = "--scheduler stock --no-async-scheduling --truth roofline --tensor-parallel-size 2"
+    options += " --kv-cache-dtype fp8 --concurrency 3 --frontend-ms 4 --tokenizer-us 1.5"
+    options += " --prefix-length 512 --num-prefixes 2 --num-requests 9"
+    result = simulate(trace, tmp_path / "out", *options.split())
+    assert result.exit_code == 0, result.output
+    assert "9 requests from 3 clients" in said(result)
+    assert "GPU's times: the roofline" in said(result)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    expected = {
+        "truth": "the roofline",
+        "tensor_parallel_size": 2,
+        "kv_dtype": "fp8",
+        "concurrency": 3,
+        "prefixes": {"count": 2, "tokens": 512},
+        "async_scheduling": False,
+        "front_end": {"request_ms": 4.0, "token_us": 1.5},
+    }
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["host_costs"]["launch_ms"] == 0.3 and "assumed" in str(summary["disturbances"])
+    requests = [json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").open()]
+    assert {r["input_length"] - 512 for r in requests} == {3000, 3500, 4000, 4500}
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -87,6 +111,10 @@ def test_the_same_command_gives_the_same_files(runs, trace, tmp_path):
         (["--gpu", "l40s", "--max-num-batched-tokens", "4000000"], "does not fit"),
         (["--max-model-len", "100"], "longer than 100"),
         (["--rate", "-1"], "rate"),
+        (["--no-async-scheduling"], "asynchronous"),
+        (["--scheduler", "disaggregated", "--concurrency", "2"], "closed loop"),
+        (["--tensor-parallel-size", "3"], "3 ranks"),
+        (["--kv-cache-dtype", "fp6"], "fp6"),
     ],
 )
 def test_a_wrong_option_writes_nothing(trace, tmp_path, options, named):

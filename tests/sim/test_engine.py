@@ -30,11 +30,11 @@ from sim.harness import (
 )
 
 from vllm_duet.policy import AGGREGATED_STEP, DECODE_LANE, PREFILL_LANE
-from vllm_duet.sim.engine import CpuCosts, RequestRecord
+from vllm_duet.sim.engine import CpuCosts, FrontEnd, RequestRecord
 from vllm_duet.sim.executor import Disturbances, Interval
 from vllm_duet.sim.simulation import BLOCK_SIZE, Options, Outcome, Simulation, SimulationError
 from vllm_duet.sim.systems import SYSTEMS
-from vllm_duet.sim.traces import TraceRequest, synthetic
+from vllm_duet.sim.traces import TraceRequest, synthetic, with_prefixes
 
 BUDGET = 512
 ONE_GPU = [name for name in SYSTEMS if name != "disaggregated"]
@@ -170,6 +170,73 @@ def test_cpu_costs_hide_behind_the_gpu_or_bound_the_step() -> None:
     slow = CpuCosts(20.0, 10.0, 5.0, 2.5, 0.0)
     (record, *_) = simulation("stock", costs=slow).run(trace).records
     assert gaps(record)[1:-1] == approx([20 + 4 * 10 + 5 + 4 * 2.5] * 17)
+
+
+def test_without_asynchronous_scheduling_the_gpu_waits_for_the_cpu() -> None:
+    costs = CpuCosts(2.0, 0.5, 1.0, 0.25, launch_ms=0.125)
+    trace, contexts = [TraceRequest(0.0, 60, 20)] * 2, range(60, 79)
+    waiting = simulation("stock", costs=costs, async_scheduling=False).run(trace)
+    cpu_ms = 2.0 + 1.0 + 0.125 + 1.0 + 0.5
+    for record in waiting.records:
+        assert gaps(record) == approx([decode_ms(c, c) + cpu_ms for c in contexts])
+    with pytest.raises(SimulationError, match="asynchronous"):
+        simulation("duet", async_scheduling=False)
+
+
+# Clients and the front end
+
+
+@pytest.mark.parametrize("scheduler", ["stock", "duet"])
+@pytest.mark.parametrize("concurrency", [1, 3, 50])
+def test_a_client_sends_its_next_request_when_it_has_its_answer(
+    scheduler: str, concurrency: int
+) -> None:
+    trace = mixed_trace()
+    records = simulation(scheduler, concurrency=concurrency, **REALISTIC).run(trace).records
+    clients = min(concurrency, len(trace))
+    assert [r.arrival_ms for r in records[:clients]] == [0.0] * clients
+    answers = sorted(record.token_ms[-1] for record in records)
+    # The n-th to be sent after the first is sent at the n-th answer.
+    assert [r.arrival_ms for r in records[clients:]] == answers[: len(trace) - clients]
+    assert [len(r.token_ms) for r in records] == [r.output_length for r in trace]
+
+
+def test_a_closed_loop_takes_no_notice_of_the_traces_arrivals() -> None:
+    trace = mixed_trace()
+    late = [replace(r, arrival_ms=1e6 * n) for n, r in enumerate(trace)]
+    runs = [simulation("stock", concurrency=4).run(t).records for t in (trace, late)]
+    assert token_times(runs[0]) == token_times(runs[1])
+    with pytest.raises(SimulationError, match="closed loop"):
+        simulation("disaggregated", concurrency=4)
+
+
+def test_the_front_end_takes_one_prompt_after_the_other() -> None:
+    # Three at once, and one when the front end has long been free.
+    trace = [
+        TraceRequest(at, length, 2) for at, length in ((0, 400), (0, 100), (1, 200), (5e3, 400))
+    ]
+    front_end = FrontEnd(request_ms=200.0, token_us=1000.0)
+    records = simulation("stock", front_end=front_end).run(trace).records
+    reached = [600.0, 600 + 300.0, 600 + 300 + 400.0, 5e3 + 600]
+    for record, at_ms in zip(records, reached, strict=True):
+        assert record.token_ms[0] == approx(at_ms + prefill_ms(record.input_length))
+    assert [r.arrival_ms for r in records] == [r.arrival_ms for r in trace]
+
+
+def test_a_prefix_that_others_had_is_in_the_cache() -> None:
+    prefix = 40 * BLOCK_SIZE
+    trace = [TraceRequest(1e4 * n, 100, 2) for n in range(12)]
+    trace = with_prefixes(trace, prefix, 2, seed=0)
+    records = simulation("stock").run(trace).records
+    seen = set()
+    for request, record in zip(trace, records, strict=True):
+        cached = prefix if request.prefix in seen else 0
+        assert record.token_ms[0] - record.arrival_ms == approx(prefill_ms(prefix + 100, cached))
+        seen.add(request.prefix)
+    assert seen == {0, 1}
+    cold = simulation("stock", enable_prefix_caching=False).run(trace).records
+    for record in cold:
+        assert record.token_ms[0] - record.arrival_ms == approx(prefill_ms(prefix + 100))
 
 
 # What every system keeps
@@ -446,3 +513,13 @@ def test_the_kv_cache_is_what_the_weights_leave() -> None:
         assert tokens * kv_bytes < memory_bytes - weight_bytes
         # What is left beside weights and cache: vLLM's reserve, activations, logits.
         assert tokens * kv_bytes > 0.75 * memory_bytes - weight_bytes
+
+
+def test_ranks_hold_the_kv_cache_together() -> None:
+    one, two = (
+        Simulation(Options(MODEL, tensor_parallel_size=ranks)).kv_cache_tokens for ranks in (1, 2)
+    )
+    # Twice the memory, and the weights once.
+    assert 2 * one < two < 3 * one
+    fp8 = Simulation(Options(MODEL, kv_dtype="fp8")).kv_cache_tokens
+    assert fp8 == pytest.approx(2 * one, rel=1e-3)
