@@ -240,6 +240,7 @@ def main(
 ) -> None:
     if not page:
         serving(workers, only)
+        sm_curve()
     if not only:
         PAGE.write_text(write_page())
 
@@ -272,9 +273,7 @@ def serving(workers: int, only: str) -> None:
         if some:
             print(half, len(some), *(f"{k} {mean_error(some, k):.1%}" for k in ("ttft", "tpot")))
     if not only:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        content = {"provenance": head(), "left_out": left_out, "rows": results}
-        (RESULTS / "serving.json").write_text(json.dumps(content, indent=1) + "\n")
+        save("serving", {"left_out": left_out, "rows": results})
 
 
 def head() -> dict[str, Any]:
@@ -296,8 +295,184 @@ def mean_error(rows: list[dict[str, Any]], of: str) -> float:
     return float(np.mean(np.abs(errors(rows, of))))
 
 
+QWEN2_5_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 28,
+    "vocab_size": 152064,
+    "torch_dtype": "bfloat16",
+}
+ITL_BY_SMS = {16: 28.48, 24: 19.94, 44: 12.98, 92: 12.13, 108: 10.78}
+"""Milliseconds between tokens of Qwen2.5-7B at batch 4 on an A100, p50, prefill held at 16 SMs
+(108: unsplit): asuan99/prefill-layer-alloc, FINDINGS_8B_2026-07-28.md, on SGLang."""
+
+
+def sm_curve() -> None:
+    """Decode on fewer SMs, by the A100 profile; writes sm_curve.json."""
+    from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
+
+    profile = GpuProfile.load("a100-sxm-80g")
+    roofline = Roofline(ModelShape.from_hf_config(QWEN2_5_7B), profile)
+    decode = roofline.decode_summary([1000] * 4)
+    rows = [
+        {"sms": sms, "measured_ms": ms, "our_ms": float(roofline.step_ms(decode, sms))}
+        for sms, ms in ITL_BY_SMS.items()
+    ]
+    save("sm_curve", {"rows": rows})
+
+
+def save(name: str, content: dict[str, Any]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"provenance": head()} | content, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+
+
 def write_page() -> str:
-    raise NotImplementedError
+    """docs/validation.md of the files under eval/results/validation."""
+    serving = json.loads((RESULTS / "serving.json").read_text())
+    curve = json.loads((RESULTS / "sm_curve.json").read_text())["rows"]
+    rows = serving["rows"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    judged = [row for row in rows if not row["saturated"]]
+    lines = [TOP.format(**numbers(rows, serving))]
+    lines += table(
+        ("rows", "measurements", "TTFT", "TPOT"),
+        [
+            (name, str(len(some)), error(some, "ttft"), error(some, "tpot"))
+            for name, some in (
+                ("all that are not saturated", judged),
+                ("of them, those by which constants were set", of(judged, half="set")),
+                ("of them, held out", of(judged, half="held out")),
+                ("InferenceMAX, held out", of(judged, half="held out", recipe="InferenceMAX")),
+                (
+                    "NVIDIA's gap analysis, held out",
+                    of(judged, half="held out", recipe=GAP_ANALYSIS.name),
+                ),
+                ("saturated (the KV cache is too small for all clients)", of(rows, saturated=True)),
+            )
+            if some
+        ],
+    )
+    lines += [PUBLISHED]
+    lines += table(
+        ("GPU, model, ranks", "measurements", "saturated", "TTFT", "TPOT", "truth"),
+        [
+            (
+                name,
+                str(len(some)),
+                str(len(of(some, saturated=True))),
+                error(of(some, saturated=False), "ttft"),
+                error(of(some, saturated=False), "tpot"),
+                "roofline" if "roofline" in some[0]["truth"] else "measured",
+            )
+            for name, some in groups.items()
+        ],
+    )
+    lines += ["", "Left out of the measurements on file:", ""]
+    lines += [f"* {n}: {why}" for why, n in sorted(serving["left_out"].items())]
+    lines += [SM_CURVE]
+    lines += table(
+        ("SMs", "measured ms", "ours ms", "error"),
+        [
+            (
+                str(row["sms"]),
+                f"{row['measured_ms']:.2f}",
+                f"{row['our_ms']:.2f}",
+                f"{row['our_ms'] / row['measured_ms'] - 1:+.1%}",
+            )
+            for row in curve
+        ],
+    )
+    operators = RESULTS / "operators.json"
+    if operators.exists():
+        lines += [OPERATORS]
+    return "\n".join(lines) + "\n"
+
+
+def of(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def error(rows: list[dict[str, Any]], of: str) -> str:
+    """The mean absolute error, and the median in brackets with its sign."""
+    if not rows:
+        return ""
+    return f"{mean_error(rows, of):.0%} ({np.median(errors(rows, of)):+.0%})"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [
+        "",
+        "| " + " | ".join(head) + " |",
+        "| " + " | ".join("---" for _ in head) + " |",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def numbers(rows: list[dict[str, Any]], serving: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "measured": serving["provenance"]["measured"],
+        "count": len(rows),
+        "per_group": PER_GROUP,
+        "longest": LONGEST_OUTPUT,
+        "front_end_ms": FRONT_END_MS,
+        "tokenizer_us": TOKENIZER_US,
+        "recipes": "\n".join(f"* {r.name}: {r.sources}." for r in (INFERENCE_MAX, GAP_ANALYSIS)),
+    }
+
+
+TOP = """# Validation
+
+Made by `python eval/validation.py`; not to be edited. What others measured, beside what ours says.
+
+## Whole systems
+
+**Simulated beside measured.** Each row of {measured}
+is a closed loop of clients against vLLM: mean TTFT and TPOT. Ours is the simulator with vLLM's own
+scheduler and with NVIDIA's operator tables as the truth ([design.md](design.md), "The simulator").
+{count} rows: up to {per_group} of each GPU, model, precision and number of ranks, taken by a hash of
+their names, with answers of up to {longest} tokens.
+
+How they were run is not in the file. Taken from elsewhere:
+
+{recipes}
+
+Their TTFT is taken for the mean: only so InferenceMAX's rows agree with ten prompts a client, of
+which the first come all at once.
+
+Constants, and where they are from:
+
+* {front_end_ms:g} ms a request and {tokenizer_us:g} us a token of its prompt in client, HTTP and tokenizer,
+  one request after the other: assumed. What matters most is that it is not 0: a client's next
+  request then misses the step that is scheduled when its answer ends.
+* What the CPU takes for a step: this project's measurement of stock vLLM on two CPU cores.
+* 300 us a step on the GPU outside the model and 2 us for a small kernel: vllm_duet/sim/measured.py.
+
+Half of the rows, by a hash of their names, are held out whenever a constant is looked at.
+
+Errors are mean absolute ones, in brackets the median with its sign: positive is too slow."""
+
+PUBLISHED = """
+Others' simulators, as published, on other rows than these: blis-evolved 23 % (TTFT) and 22 % (ITL),
+Vidur 16 % and 11 % (Llama-2-7B alone), aiconfigurator 21 % (ITL).
+"""
+
+SM_CURVE = """
+## Decode on fewer SMs
+
+Qwen2.5-7B on an A100, batch 4, on green contexts, with prefill on 16 SMs beside it (108: nothing
+beside it). Measured by asuan99/prefill-layer-alloc (FINDINGS_8B_2026-07-28.md, figures cited); ours
+is the A100 profile's roofline, at 1,000 tokens a request."""
+
+OPERATORS = """
+## Operators
+
+How far forecasts are from the measured operators: `eval/results/validation/operators.json`."""
 
 
 if __name__ == "__main__":

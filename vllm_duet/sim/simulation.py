@@ -72,6 +72,7 @@ class Options:
     seed: int = 0
     model_error: float = 0.0
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     weight_dtype: str | None = None
     kv_dtype: str | None = None
@@ -304,6 +305,7 @@ class Simulation:
                 self.shape,
                 self.options.gpu,
                 block_fp8=bool(quantization.get("weight_block_size")),
+                expert_parallel=self.options.enable_expert_parallel,
             )
         except NotMeasuredError as error:
             return None, f"the roofline: {error}"
