@@ -258,22 +258,25 @@ def serving(workers: int, only: str) -> None:
         futures = [pool.submit(simulate, row) for row in rows]
         for future in track(as_completed(futures), total=len(rows), console=Console(stderr=True)):
             results.append(future.result())
+            print(line(results[-1]), flush=True)
     order = {row.id: n for n, row in enumerate(rows)}
     results.sort(key=lambda result: order[result["id"]])
-    for r in results:
-        ttft, tpot = errors([r], "ttft")[0], errors([r], "tpot")[0]
-        print(
-            f"{r['group']} {r['input_length']}/{r['output_length']} c{r['concurrency']}:"
-            f" TTFT {r['our_ttft_ms']:.0f} for {r['ttft_ms']:.0f} ({ttft:+.0%}),"
-            f" TPOT {r['our_tpot_ms']:.1f} for {r['tpot_ms']:.1f} ({tpot:+.0%})"
-            f"{' saturated' if r['saturated'] else ''}, {r['half']}, {r['seconds']:.0f} s"
-        )
     for half in ("set", "held out"):
         some = [r for r in results if r["half"] == half and not r["saturated"]]
         if some:
             print(half, len(some), *(f"{k} {mean_error(some, k):.1%}" for k in ("ttft", "tpot")))
     if not only:
         save("serving", {"left_out": left_out, "rows": results})
+
+
+def line(r: dict[str, Any]) -> str:
+    ttft, tpot = errors([r], "ttft")[0], errors([r], "tpot")[0]
+    return (
+        f"{r['group']} {r['input_length']}/{r['output_length']} c{r['concurrency']}:"
+        f" TTFT {r['our_ttft_ms']:.0f} for {r['ttft_ms']:.0f} ({ttft:+.0%}),"
+        f" TPOT {r['our_tpot_ms']:.1f} for {r['tpot_ms']:.1f} ({tpot:+.0%})"
+        f"{' saturated' if r['saturated'] else ''}, {r['half']}, {r['seconds']:.0f} s"
+    )
 
 
 def head() -> dict[str, Any]:
@@ -435,8 +438,8 @@ Made by `python eval/validation.py`; not to be edited. What others measured, bes
 **Simulated beside measured.** Each row of {measured}
 is a closed loop of clients against vLLM: mean TTFT and TPOT. Ours is the simulator with vLLM's own
 scheduler and with NVIDIA's operator tables as the truth ([design.md](design.md), "The simulator").
-{count} rows: up to {per_group} of each GPU, model, precision and number of ranks, taken by a hash of
-their names, with answers of up to {longest} tokens.
+{count} rows: up to {per_group} of each GPU, model, precision and number of ranks, taken by a hash
+of their names, with answers of up to {longest} tokens.
 
 How they were run is not in the file. Taken from elsewhere:
 
@@ -447,9 +450,9 @@ which the first come all at once.
 
 Constants, and where they are from:
 
-* {front_end_ms:g} ms a request and {tokenizer_us:g} us a token of its prompt in client, HTTP and tokenizer,
-  one request after the other: assumed. What matters most is that it is not 0: a client's next
-  request then misses the step that is scheduled when its answer ends.
+* {front_end_ms:g} ms a request and {tokenizer_us:g} us a token of its prompt in client, HTTP
+  and tokenizer, one request after the other: assumed. What matters most is that it is not 0: a
+  client's next request then misses the step that is scheduled when its answer ends.
 * What the CPU takes for a step: this project's measurement of stock vLLM on two CPU cores.
 * 300 us a step on the GPU outside the model and 2 us for a small kernel: vllm_duet/sim/measured.py.
 

@@ -16,7 +16,7 @@ pd = pytest.importorskip("pandas", reason="needs vllm-duet[measured]")
 from sim.harness import MODEL, NO_COSTS, QUIET, roofline, simulation  # noqa: E402
 
 from vllm_duet.measured import tables  # noqa: E402
-from vllm_duet.roofline import ModelShape  # noqa: E402
+from vllm_duet.roofline import ExpertShape, ModelShape  # noqa: E402
 from vllm_duet.sim import measured  # noqa: E402
 from vllm_duet.sim.executor import GroundTruth  # noqa: E402
 from vllm_duet.sim.measured import Attention, MeasuredSteps, NotMeasuredError  # noqa: E402
@@ -27,7 +27,7 @@ GPU = "h100-sxm"
 SHAPE = ModelShape.from_hf_config(MODEL)
 
 # ms of one unit of work; of a product a unit is one of its m n k
-GEMM, PREFILL, DECODE, REDUCE, GATHER = 1e-12, 1e-7, 1e-6, 3e-9, 5e-9
+GEMM, PREFILL, DECODE, REDUCE, GATHER, EXPERTS = 1e-12, 1e-7, 1e-6, 3e-9, 5e-9, 1e-4
 
 
 def made_up(gpu: str, table: str) -> pd.DataFrame:
@@ -51,6 +51,16 @@ def made_up(gpu: str, table: str) -> pd.DataFrame:
             dict(batch_size=b, step=n - 1, ms=DECODE * b * n, **heads, num_heads=h)
             | {"num_key_value_heads": h // 4}
             for b, n, h in product((1, 4, 1024), (2, 256, 131072), (16, 32))
+        ]
+    elif table == "moe":
+        sizes = dict(moe_dtype="bfloat16", hidden_size=4096, inter_size=1536, topk=8)
+        rows = [
+            sizes
+            | dict(num_experts=128, distribution=load, num_tokens=n, moe_tp_size=tp, moe_ep_size=ep)
+            | dict(ms=EXPERTS * n * (1 if load == "power_law_1.01" else 100) / tp / ep**2)
+            for load, n, tp, ep in product(
+                ("balanced", "power_law_1.01"), (1, 64, 16384), (1, 2), (1, 2)
+            )
         ]
     elif table == "custom_allreduce":
         rows = [dict(num_gpus=2, message_size=n, ms=REDUCE * n) for n in (1, 1 << 30)]
@@ -122,6 +132,26 @@ def test_ranks_share_the_work_and_sum_up(made_up_tables: None, tokens: int, unit
     assert steps.step_ms([], [tokens], [0]) == pytest.approx(expected, rel=1e-3)
 
 
+def test_experts_are_their_layers_of_the_table(made_up_tables: None) -> None:
+    experts = ExpertShape(SHAPE.num_layers - 6, 128, 8, 1536)
+    some = replace(SHAPE, experts=experts)
+    tokens, layers = 1000, experts.num_layers
+    dense = MeasuredSteps(SHAPE, GPU).step_ms([], [tokens], [0])
+    width, hidden = SHAPE.intermediate_size, SHAPE.hidden_size
+    mlp = GEMM * 3 * hidden * width * tokens
+    mlp += 2 * 3 * width * tokens / (4 * SHAPE.local_kv_heads * SHAPE.head_dim / DECODE)
+    router = GEMM * hidden * 128 * tokens
+    expected = dense + layers * (router + EXPERTS * tokens - mlp)
+    assert MeasuredSteps(some, GPU).step_ms([], [tokens], [0]) == pytest.approx(expected, rel=1e-3)
+    # Ranks that share each expert, and ranks that hold whole ones.
+    two = replace(some, tensor_parallel_size=2)
+    each = MeasuredSteps(two, GPU).step_ms([], [tokens], [0])
+    whole = MeasuredSteps(two, GPU, expert_parallel=True).step_ms([], [tokens], [0])
+    assert each - whole == pytest.approx(layers * EXPERTS * tokens * (1 / 2 - 1 / 4), rel=1e-3)
+    with pytest.raises(NotMeasuredError, match="num_experts 64"):
+        MeasuredSteps(replace(some, experts=replace(experts, num_experts=64)), GPU)
+
+
 def test_heads_that_were_not_measured_are_more_requests(made_up_tables: None) -> None:
     # 64 heads on 16 KV heads: to the kernel, twice the requests with 32 on 8.
     twice = Attention(GPU, replace(SHAPE, num_heads=64, num_kv_heads=16), 0)
@@ -160,6 +190,17 @@ def test_measured_products_are_met(dtype: str) -> None:
     ratio = np.concatenate(ratios)
     assert np.mean(np.abs(ratio - 1) < 0.03) > 0.85
     assert np.mean(np.abs(ratio - 1) < 0.15) > 0.97
+
+
+def test_small_block_scaled_products_do_not_wait_for_the_host() -> None:
+    rows = np.array([1.0, 64.0, 256.0, 8192.0])
+    for gpu in (GPU, "b200"):
+        plain, block = (
+            measured.gemm_ms(gpu, dtype, 2048, 4096, rows) for dtype in ("fp8", "fp8_block")
+        )
+        assert (block / plain < 2).all()
+        table = tables.read(gpu, "gemm").set_index(["gemm_dtype", "n", "k", "m"]).ms
+        assert table["fp8_block", 2048, 4096, 1] > 3 * block[0]
 
 
 def left_out(gpu: str, table: str, column: str, values: list[int]) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ import functools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,8 @@ class MeasuredSteps:
             )
             if layers
         ]
-        bandwidth = max(attention.bytes_per_ms for _, attention, _ in self._attention)
+        # An fp8 KV cache keeps some kernels from reaching what the memory has.
+        bandwidth = Attention(gpu, replace(shape, kv_dtype="bfloat16"), 0).bytes_per_ms
         quantized = _table_dtype(shape.weight_dtype, block_fp8)
         tokens, rows = _token_grid(gpu), _token_grid(gpu)
         self._tokens_ms = _Curve(tokens, self._per_token(tokens, quantized, bandwidth))
