@@ -44,7 +44,7 @@ CONFIGS = {
 }
 """Models whose shape stands under another name in the wheel."""
 
-PER_GROUP = 5
+PER_GROUP = 4
 """Rows of one GPU, model, precision and number of ranks that are simulated."""
 
 LONGEST_OUTPUT = 2048
@@ -60,10 +60,9 @@ class Recipe:
 
     name: str
     sources: str
-    shortest: float
+    lengths: tuple[float, float]
     kv_fp8: tuple[str, ...]
     max_num_seqs: int | None
-    async_since: str = "0.0"
 
 
 INFERENCE_MAX = Recipe(
@@ -71,18 +70,18 @@ INFERENCE_MAX = Recipe(
     "its public recipes (README and benchmarks/ of InferenceMAX, later InferenceX): lengths 80 to"
     " 100 % of the named, ten prompts a client, asynchronous scheduling, no prefix caching, 8192"
     " tokens a step, 90 % of the memory, an fp8 KV cache on H200 and B200",
-    0.8,
+    (0.8, 1.0),
     ("h200_sxm", "b200_sxm", "b300_sxm"),
     None,
 )
 GAP_ANALYSIS = Recipe(
     "NVIDIA's gap analysis",
     "vLLM 0.12's defaults, as nothing else is said: no asynchronous scheduling, 8192 tokens and"
-    " 1024 requests a step; all lengths as named",
-    1.0,
+    " 1024 requests a step. Lengths 80 to 120 % of the named: clients with equal lengths would"
+    " send in step, and wait for whole steps of prompts, longer than what was measured",
+    (0.8, 1.2),
     (),
     1024,
-    "0.14",
 )
 
 
@@ -134,6 +133,8 @@ def read_rows() -> tuple[list[Row], dict[str, int]]:
             leave_out("a GPU without a profile")
         elif row.attention_dp_size > 1 or experts_split:
             leave_out("data-parallel attention, which is several schedulers")
+        elif not named:
+            leave_out("the number of clients is not said")
         elif row.osl > LONGEST_OUTPUT:
             leave_out(f"answers of more than {LONGEST_OUTPUT} tokens")
         elif row.precision == "fp4" and "gpt-oss" not in row.model_path:
@@ -152,7 +153,7 @@ def read_rows() -> tuple[list[Row], dict[str, int]]:
                     int(row.tp_size),
                     int(row.isl),
                     int(row.osl),
-                    int(named[1] if named else row.batch_size),
+                    int(named[1]),
                     float(row.silicon_ttft_ms),
                     float(row.silicon_tpot_ms),
                 )
@@ -195,7 +196,11 @@ def simulate(row: Row) -> dict[str, Any]:
     )
     random = np.random.default_rng(0)
     lengths = [
-        random.integers(int(recipe.shortest * mean), mean + 1, 10 * row.concurrency)
+        random.integers(
+            *(round(share * mean) for share in recipe.lengths),
+            size=10 * row.concurrency,
+            endpoint=True,
+        )
         for mean in (row.input_length, row.output_length)
     ]
     requests = [TraceRequest(0.0, int(a), int(b)) for a, b in zip(*lengths, strict=True)]

@@ -16,10 +16,15 @@ pd = pytest.importorskip("pandas", reason="needs vllm-duet[measured]")
 from sim.harness import MODEL, NO_COSTS, QUIET, roofline, simulation  # noqa: E402
 
 from vllm_duet.measured import tables  # noqa: E402
-from vllm_duet.roofline import ExpertShape, ModelShape  # noqa: E402
+from vllm_duet.roofline import ExpertShape, LatentShape, ModelShape  # noqa: E402
 from vllm_duet.sim import measured  # noqa: E402
 from vllm_duet.sim.executor import GroundTruth  # noqa: E402
-from vllm_duet.sim.measured import Attention, MeasuredSteps, NotMeasuredError  # noqa: E402
+from vllm_duet.sim.measured import (  # noqa: E402
+    Attention,
+    LatentAttention,
+    MeasuredSteps,
+    NotMeasuredError,
+)
 from vllm_duet.sim.simulation import Options, Simulation  # noqa: E402
 from vllm_duet.sim.traces import TraceRequest  # noqa: E402
 
@@ -28,6 +33,8 @@ SHAPE = ModelShape.from_hf_config(MODEL)
 
 # ms of one unit of work; of a product a unit is one of its m n k
 GEMM, PREFILL, DECODE, REDUCE, GATHER, EXPERTS = 1e-12, 1e-7, 1e-6, 3e-9, 5e-9, 1e-4
+BANDWIDTH = 8 * 128 * 4 / DECODE
+"""Bytes a ms, as decode attention with 8 KV heads has it."""
 
 
 def made_up(gpu: str, table: str) -> pd.DataFrame:
@@ -99,7 +106,7 @@ def traffic_ms(shape: ModelShape, tokens: float, sampled: float) -> float:
     wide = (shape.local_heads + shape.local_kv_heads) * shape.head_dim
     elements = 8 * shape.hidden_size + 4 * wide + 3 * shape.local_width(shape.intermediate_size)
     moved = shape.num_layers * 2 * elements * tokens + 10 * shape.vocab_size * sampled
-    return moved / (4 * shape.local_kv_heads * shape.head_dim / DECODE)
+    return moved / BANDWIDTH
 
 
 def test_a_step_is_the_sum_of_its_kernels(made_up_tables: None) -> None:
@@ -139,7 +146,7 @@ def test_experts_are_their_layers_of_the_table(made_up_tables: None) -> None:
     dense = MeasuredSteps(SHAPE, GPU).step_ms([], [tokens], [0])
     width, hidden = SHAPE.intermediate_size, SHAPE.hidden_size
     mlp = GEMM * 3 * hidden * width * tokens
-    mlp += 2 * 3 * width * tokens / (4 * SHAPE.local_kv_heads * SHAPE.head_dim / DECODE)
+    mlp += 2 * 3 * width * tokens / BANDWIDTH
     router = GEMM * hidden * 128 * tokens
     expected = dense + layers * (router + EXPERTS * tokens - mlp)
     assert MeasuredSteps(some, GPU).step_ms([], [tokens], [0]) == pytest.approx(expected, rel=1e-3)
@@ -284,6 +291,30 @@ def test_attention_grows_with_its_work() -> None:
     whole = attention.prefill_ms([8192], [0])
     chunks = sum(attention.prefill_ms([1024], [1024 * n]) for n in range(8))
     assert 0.95 * whole < chunks < 1.3 * whole
+
+
+LATENT = LatentShape(1536, 512, 128, 64, 128)
+DEEPSEEK = replace(
+    SHAPE, hidden_size=7168, num_heads=128, num_kv_heads=128, latent=LATENT, tensor_parallel_size=8
+)
+
+
+def test_latent_attention_is_its_module() -> None:
+    attention = LatentAttention(GPU, DEEPSEEK, "fp8_block")
+    table = tables.read(GPU, "mla_generation_module")
+    at = (table.num_heads == 16) & (table.gemm_type == "fp8_block") & (table.step == 4096)
+    rows = table[at & (table.kv_cache_dtype == "bfloat16")].set_index("batch_size").ms
+    for batch, ms in rows.items():
+        assert attention.decode_ms(batch, batch * 4096) == pytest.approx(ms, rel=0.03)
+    whole = attention.prefill_ms([8192], [0])
+    chunks = sum(attention.prefill_ms([2048], [2048 * n]) for n in range(4))
+    # Each chunk pays the least that a module takes, once more.
+    least = attention.prefill_ms([1], [0])
+    assert chunks == pytest.approx(whole + 3 * least, rel=1e-6)
+    with pytest.raises(NotMeasuredError, match="sizes"):
+        LatentAttention(GPU, replace(DEEPSEEK, hidden_size=4096), "fp8_block")
+    with pytest.raises(NotMeasuredError, match="nvfp4"):
+        LatentAttention(GPU, DEEPSEEK, "nvfp4")
 
 
 # In the simulator

@@ -16,7 +16,6 @@ import functools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from vllm_duet.measured.tables import NotMeasuredError, Table, read
-from vllm_duet.roofline.model_shape import ModelShape
+from vllm_duet.roofline.model_shape import LatentShape, ModelShape
 
 __all__ = ["Attention", "MeasuredSteps", "NotMeasuredError"]
 
@@ -42,6 +41,9 @@ SPIKE = 1.4
 """How much slower than its neighbours a product has to be to count as a disturbed benchmark."""
 
 ONE_TILE_ROWS = 128
+
+BEYOND_CACHES = 5e8
+"""Bytes of KV cache of which an L2 cache, of 40 to 126 MB, holds little."""
 
 EXPERT_LOAD = "power_law_1.01"
 """How tokens fall on experts, of the three ways that were measured: neither evenly nor, as with
@@ -75,22 +77,22 @@ class MeasuredSteps:
         Raises:
             NotMeasuredError: a table of this GPU lacks a kernel of this model; says which.
         """
-        if shape.latent:
-            raise NotMeasuredError(f"no truth is made of tables for {shape.architecture} yet")
-        self._sources: dict[str, str] = {}
         self._gpu, self._shape, self._expert_parallel = gpu, shape, expert_parallel
         self._window = shape.sliding_window or 0
-        self._attention = [
-            (layers, Attention(gpu, shape, window), window)
-            for layers, window in (
-                (shape.num_full_layers, 0),
-                (shape.num_window_layers, self._window),
-            )
-            if layers
-        ]
-        # An fp8 KV cache keeps some kernels from reaching what the memory has.
-        bandwidth = Attention(gpu, replace(shape, kv_dtype="bfloat16"), 0).bytes_per_ms
         quantized = _table_dtype(shape.weight_dtype, block_fp8)
+        self._attention: list[tuple[int, Attention | LatentAttention, int]] = []
+        for layers, window in (
+            (shape.num_full_layers, 0),
+            (shape.num_window_layers, self._window),
+        ):
+            if layers:
+                one = (
+                    LatentAttention(gpu, shape, quantized)
+                    if shape.latent
+                    else Attention(gpu, shape, window)
+                )
+                self._attention.append((layers, one, window))
+        bandwidth = _bytes_per_ms(gpu)
         tokens, rows = _token_grid(gpu), _token_grid(gpu)
         self._tokens_ms = _Curve(tokens, self._per_token(tokens, quantized, bandwidth))
         self._sampled_ms = _Curve(rows, self._per_sampled(rows, bandwidth))
@@ -130,10 +132,12 @@ class MeasuredSteps:
         shape, layers = self._shape, self._shape.num_layers
         hidden, d = shape.hidden_size, shape.head_dim
         q_width, kv_width = shape.local_heads * d, shape.local_kv_heads * d
-        products = [(layers, q_width + 2 * kv_width, hidden), (layers, hidden, q_width)]
+        products: list[tuple[int, int, int]] = []
         # Elements that a kernel reads and writes for a token.
         small = [(layers * shape.norms_per_layer, 4.0 * hidden)]
-        small += [(layers * (2 if shape.qk_norm else 1), 2.0 * (q_width + kv_width))]
+        if not shape.latent:  # whose modules were measured with their projections
+            products += [(layers, q_width + 2 * kv_width, hidden), (layers, hidden, q_width)]
+            small += [(layers * (2 if shape.qk_norm else 1), 2.0 * (q_width + kv_width))]
         experts = shape.experts
         mlps = [(shape.num_dense_layers, shape.intermediate_size)]
         if experts and experts.shared_intermediate_size:
@@ -216,11 +220,13 @@ class Attention:
         measured = _Surface.of(lengths, "batch_size", "tokens", decode_scale)
         kept = np.minimum(measured.y, self._measured_window or np.inf)
         moved = np.outer(measured.x, kept) * self.bytes_per_token
-        self.bytes_per_ms = float(np.nanmax(moved / measured.z))
+        # As fast as the memory is, or as an fp8 KV cache lets the kernel be.
+        rates = np.where(moved >= BEYOND_CACHES, moved / measured.z, np.nan)
+        bytes_per_ms = float(np.nanmax(rates))
         # The benchmark reads one KV cache again and again, so that a small one comes from the L2
         # cache. A layer's comes from memory: it takes the floor and the bytes at least.
         floor = float(np.nanmin(measured.z))
-        measured.z = np.fmax(measured.z, floor + moved / self.bytes_per_ms)
+        measured.z = np.fmax(measured.z, floor + moved / bytes_per_ms)
         self._decode = measured.filled().logs()
 
     def decode_ms(self, num_requests: int, kv_tokens: float) -> float:
@@ -254,6 +260,48 @@ class Attention:
             return q * (c + (q + 1) / 2)
         whole = min(max(window - c, 0), q)
         return whole * (c + (whole + 1) / 2) + (q - whole) * window
+
+
+class LatentAttention:
+    """DeepSeek-V3's attention module of one layer on one rank, its projections included."""
+
+    def __init__(self, gpu: str, shape: ModelShape, dtype: str) -> None:
+        """``dtype``: what the tables call the projections' weights."""
+        if (shape.hidden_size, shape.latent) != (7168, LatentShape(1536, 512, 128, 64, 128)):
+            raise NotMeasuredError(
+                f"latent attention of {shape.architecture}'s sizes is not measured"
+            )
+        kv_dtype = "fp8" if shape.kv_dtype.startswith("fp8") else "bfloat16"
+        surfaces = []
+        for name, length in (("mla_context_module", "isl"), ("mla_generation_module", "step")):
+            table = read(gpu, name)  # type: ignore[arg-type]
+            for column, value in (
+                ("num_heads", shape.local_heads),
+                ("gemm_type", dtype),
+                ("kv_cache_dtype", kv_dtype),
+                ("mla_dtype", "bfloat16"),
+            ):
+                table = table[table[column] == value]
+            if table.empty:
+                raise NotMeasuredError(
+                    f"no {name} of {shape.local_heads} heads with {dtype} weights and a"
+                    f" {kv_dtype} KV cache is measured on {gpu}"
+                )
+            surfaces.append(_Surface.of(table, "batch_size", length, 1.0).filled().logs())
+        self._prefill, self._decode = surfaces
+
+    def decode_ms(self, num_requests: int, kv_tokens: float) -> float:
+        """As Attention.decode_ms."""
+        return self._decode(num_requests, max(kv_tokens / num_requests, 1.0))
+
+    def prefill_ms(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> float:
+        """As Attention.prefill_ms, but that a chunk of q tokens after c takes what whole prompts
+        of c + q take beyond those of c: projections are in proportion to tokens, not to pairs."""
+        count, ms = len(query_lens), self._prefill(1, 1)
+        for q, c in zip(query_lens, context_lens, strict=True):
+            before = self._prefill(count, c) if c else count * self._prefill(1, 1)
+            ms += max(0.0, self._prefill(count, c + q) - before) / count
+        return ms
 
 
 def gemm_ms(gpu: str, dtype: str, n: int, k: int, rows: FloatArray) -> FloatArray:
@@ -310,6 +358,18 @@ def nccl_ms(gpu: str, operation: str, num_gpus: int, elements: FloatArray) -> Fl
         (table.op_name == operation) & (table.num_gpus == num_gpus) & (table.nccl_dtype == "half")
     )
     return _of_size(_by_size(table[chosen], gpu, num_gpus), elements)
+
+
+@functools.cache
+def _bytes_per_ms(gpu: str) -> float:
+    """Memory bandwidth: the most that any decode attention read, of BEYOND_CACHES or more."""
+    table = read(gpu, "generation_attention")
+    if "window_size" in table:
+        table = table[table.window_size == 0]
+    table = table[table.kv_cache_dtype == "bfloat16"]
+    moved = table.batch_size * (table["step"] + 1) * table.num_key_value_heads * table.head_dim * 4
+    beyond = moved >= BEYOND_CACHES
+    return float((moved / table.ms)[beyond].max())
 
 
 def _table_dtype(weight_dtype: str, block_fp8: bool) -> str:
