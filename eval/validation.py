@@ -47,6 +47,8 @@ CONFIGS = {
 PER_GROUP = 4
 """Rows of one GPU, model, precision and number of ranks that are simulated."""
 
+MOST_ARITHMETIC = 0.7
+
 LONGEST_OUTPUT = 2048
 """Longer answers take minutes to simulate, and are the same decode steps again."""
 
@@ -179,9 +181,8 @@ def simulate(row: Row) -> dict[str, Any]:
     from vllm_duet.sim.traces import TraceRequest
 
     recipe = GAP_ANALYSIS if row.recipe == GAP_ANALYSIS.name else INFERENCE_MAX
-    name = CONFIGS.get(row.model, row.model.replace("/", "--"))
     options = Options(
-        tables.systems_folder().parent / "model_configs" / f"{name}_config.json",
+        config_of(row),
         gpu=GPUS[row.system],
         scheduler="stock",
         tensor_parallel_size=row.tp,
@@ -225,17 +226,47 @@ def simulate(row: Row) -> dict[str, Any]:
     }
 
 
+def config_of(row: Row) -> Path:
+    """The model's config.json in the wheel."""
+    name = CONFIGS.get(row.model, row.model.replace("/", "--"))
+    return tables.systems_folder().parent / "model_configs" / f"{name}_config.json"
+
+
 def known(row: Row) -> str:
     """Why a row's model cannot be simulated; empty where it can."""
     from vllm_duet.roofline import ModelShape
 
-    name = CONFIGS.get(row.model, row.model.replace("/", "--"))
-    path = tables.systems_folder().parent / "model_configs" / f"{name}_config.json"
     try:
-        ModelShape.from_hf_config(path, tensor_parallel_size=row.tp)
+        ModelShape.from_hf_config(config_of(row), tensor_parallel_size=row.tp)
     except (OSError, ValueError) as error:
         return f"{row.model}: {str(error).split(';')[0]}"
     return ""
+
+
+def impossible(rows: list[Row]) -> str:
+    """Why a model's rows cannot be what they seem: their own times imply more products than a
+    GPU computes, MOST_ARITHMETIC of its data sheet's peak, as if clients were spread over more
+    GPUs. Empty where they do not; experts are left out of the count."""
+    from vllm_duet.roofline import GpuProfile, ModelShape
+
+    most = 0.0
+    for row in rows:
+        shape = ModelShape.from_hf_config(config_of(row), weight_dtype="bfloat16")
+        if shape.experts:
+            continue
+        seconds = (row.ttft_ms + (row.output_length - 1) * row.tpot_ms) / 1e3
+        tokens = row.concurrency * (row.input_length + row.output_length)
+        peak = GpuProfile.load(GPUS[row.system]).peak_flops_per_s(
+            "fp8" if row.precision == "fp8" else "bfloat16", "bfloat16"
+        )
+        # Two FLOPs and two bytes for each weight.
+        most = max(most, shape.weight_bytes * tokens / seconds / (peak * row.tp))
+    if most <= MOST_ARITHMETIC:
+        return ""
+    return (
+        f"{rows[0].model}: their own times imply up to {most:.0%} of the GPUs' peak FLOP/s in"
+        " linear layers alone, so clients cannot be as many as they say"
+    )
 
 
 def main(
@@ -253,7 +284,11 @@ def main(
 def serving(workers: int, only: str) -> None:
     """Whole systems; prints the errors, and writes serving.json unless ``only`` some ran."""
     rows, left_out = read_rows()
-    reasons = {row.model: known(row) for row in {row.model: row for row in rows}.values()}
+    models = {row.model: row for row in rows}
+    reasons = {
+        model: known(row) or impossible([r for r in rows if r.model == model])
+        for model, row in models.items()
+    }
     for row in rows:
         if reasons[row.model]:
             left_out[reasons[row.model]] = left_out.get(reasons[row.model], 0) + 1
