@@ -8,8 +8,8 @@ error, never a guess: a wrong shape gives a forecast that looks fine and is not.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ WEIGHT_BYTES: Mapping[str, float] = {
     "int8": 1.0,
     # Four bits, and a 16-bit scale for each group of 128.
     "int4": 0.5 + 2.0 / 128,
+    # Four bits, and an 8-bit scale for each block of 32. Source: OCP Microscaling Formats 1.0.
+    "mxfp4": 0.5 + 1.0 / 32,
 }
 """Bytes of one weight in memory, its share of the scales included."""
 
@@ -32,6 +34,13 @@ KV_BYTES: Mapping[str, float] = {
 }
 """Bytes of one element of the KV cache."""
 
+STATE_BYTES: Mapping[str, float] = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+"""Bytes of one element of a linear-attention state."""
+
+PACKED_LATENT_BYTES = 656
+"""Bytes of a cached token of sparse latent attention in fp8: 512 elements, four 32-bit scales,
+and 64 elements of rotary embedding in 16 bits. Source: vLLM's cache dtype fp8_ds_mla."""
+
 
 class UnsupportedArchitectureError(ValueError):
     """The config names an architecture or quantization whose cost is not modelled."""
@@ -43,7 +52,10 @@ class ExpertShape:
 
     Each token visits ``experts_per_token`` of ``num_experts`` experts of width
     ``intermediate_size``, and one shared expert of width
-    ``shared_intermediate_size`` (0: none).
+    ``shared_intermediate_size`` (0: none), whose output is multiplied by a gate of one column
+    where ``shared_gate``. Routed experts read and write ``latent_size`` elements a token, by a
+    projection before and one after, or the hidden state (0). ``weight_dtype`` is that of the routed
+    experts where it is not the other layers'.
     """
 
     num_layers: int
@@ -51,6 +63,9 @@ class ExpertShape:
     experts_per_token: int
     intermediate_size: int
     shared_intermediate_size: int = 0
+    shared_gate: bool = False
+    latent_size: int = 0
+    weight_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +89,71 @@ class LatentShape:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexerShape:
+    """The lightning indexer of sparse attention (DeepSeek-V3.2, arXiv 2512.02556).
+
+    In ``num_layers`` layers, ``num_heads`` heads of ``head_dim`` score every earlier token, in
+    fp8, and attention reads the best ones. The other layers take the last choice before them.
+
+    One key a token is cached for all heads together. Ranks have all of it.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of a token's cached key: fp8, and a 32-bit scale for each 128 elements."""
+        return self.head_dim + 4 * (self.head_dim // 128)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearAttentionShape:
+    """Layers that keep a state of fixed size for each request, in place of a KV cache.
+
+    Each of ``num_heads`` has a state of ``value_dim`` by ``key_dim``; keys and queries have
+    ``num_key_heads``. Mamba2 (arXiv 2405.21060) calls these heads, head_dim, state size and groups,
+    and its B and C are keys and queries. All three pass a causal convolution over ``conv_width``
+    tokens. Prefill goes by chunks of ``chunk_tokens``.
+    """
+
+    kind: Literal["gated_delta", "mamba2"]
+    num_layers: int
+    num_heads: int
+    num_key_heads: int
+    value_dim: int
+    key_dim: int
+    conv_width: int
+    chunk_tokens: int
+    state_dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """KV heads of an attention layer, and the dimension of its heads."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What the roofline needs to know of a decoder: sizes, dtypes, sharding.
 
     Sizes are the whole model's; the ``local_*`` properties, ``weight_bytes`` and
-    ``kv_bytes_per_token`` are those of one tensor-parallel rank. ``num_layers``
-    splits into ``num_window_layers``, whose attention sees the last
-    ``sliding_window`` tokens, and layers that see everything. MLP layers are
-    dense, but for ``experts.num_layers`` of them.
+    ``kv_bytes_per_token`` are those of one tensor-parallel rank.
+
+    ``num_layers`` counts residual blocks. ``attention_layers``, ``dense_layers`` (dense MLPs) and
+    ``rope_layers`` are for models whose blocks are not all of one attention and one MLP; None is
+    what that gives: attention in each layer but the linear-attention ones, a dense MLP in each
+    without experts, and rotary embedding wherever there is attention.
+
+    Attention splits into ``num_window_layers``, which see at most ``sliding_window`` tokens, and
+    layers that see everything. Those tokens are the last ones, with ``chunked_window`` those
+    since the last multiple of the window (Llama 4), and with an ``indexer`` those that it chose.
+    ``full_heads`` are the heads of the layers that see everything, where they differ (Gemma 4).
+    With ``output_gate`` attention's output is multiplied by a projection as wide (Qwen3-Next).
     """
 
     architecture: str
@@ -103,12 +175,22 @@ class ModelShape:
     num_window_layers: int = 0
     experts: ExpertShape | None = None
     latent: LatentShape | None = None
+    indexer: IndexerShape | None = None
+    linear_attention: LinearAttentionShape | None = None
+    attention_layers: int | None = None
+    dense_layers: int | None = None
+    rope_layers: int | None = None
+    full_heads: HeadShape | None = None
+    chunked_window: bool = False
+    output_gate: bool = False
+    gated_mlp: bool = True
 
     def __post_init__(self) -> None:
         for name, value, table in (
             ("activation_dtype", self.activation_dtype, ("bfloat16", "float16")),
             ("weight_dtype", self.weight_dtype, WEIGHT_BYTES),
             ("kv_dtype", self.kv_dtype, KV_BYTES),
+            ("state_dtype", self._state_dtype, STATE_BYTES),
         ):
             if value not in table:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(table)}")
@@ -117,8 +199,15 @@ class ModelShape:
             raise ValueError(f"tensor_parallel_size must be at least 1, not {tp}")
         if self.num_heads % tp:
             raise ValueError(f"{self.num_heads} attention heads do not divide over {tp} ranks")
-        if self.num_kv_heads % tp and tp % self.num_kv_heads:
-            raise ValueError(f"{self.num_kv_heads} KV heads do not divide over {tp} ranks")
+        for _, heads in self.head_groups:
+            if heads.num_kv_heads % tp and tp % heads.num_kv_heads:
+                raise ValueError(f"{heads.num_kv_heads} KV heads do not divide over {tp} ranks")
+        linear = self.linear_attention
+        if linear and (linear.num_heads % tp or linear.num_key_heads % tp):
+            raise ValueError(
+                f"linear attention with {linear.num_heads} heads and {linear.num_key_heads} key"
+                f" heads does not divide over {tp} ranks"
+            )
         widths = [self.intermediate_size] if self.num_dense_layers else []
         if self.experts:
             widths += [self.experts.intermediate_size, self.experts.shared_intermediate_size]
@@ -156,52 +245,100 @@ class ModelShape:
                 f"architecture {name} is not supported by the roofline;"
                 f" supported are {', '.join(sorted(_FAMILIES))}"
             )
-        if raw.get("text_config"):
-            raw = {**raw, **raw["text_config"]}
+        if text := raw.get("text_config"):
+            if family.text_types and text.get("model_type") not in family.text_types:
+                raise UnsupportedArchitectureError(
+                    f"{name} around a text model of type {text.get('model_type')!r} is not"
+                    f" supported by the roofline; supported are {', '.join(family.text_types)}"
+                )
+            raw = {**raw, **{key: value for key, value in text.items() if value is not None}}
         read = _Reader(name, raw)
 
         activation_dtype = _activation_dtype(read)
+        blocks = _BLOCKS[family.blocks](read)
         heads = read.integer("num_attention_heads")
-        num_layers = read.integer("num_hidden_layers")
         latent = _latent(read) if family.latent else None
         if latent:
             head_dim = latent.nope_head_dim + latent.rope_head_dim
         elif family.explicit_head_dim or raw.get("head_dim"):
-            head_dim = read.integer("head_dim")
+            head_dim = read.integer("head_dim", family.default_head_dim)
         else:
             head_dim = read.integer("hidden_size") // heads
-        windows = _window_layers(read, family, num_layers)
+        experts = None
+        if family.experts:
+            experts = _EXPERTS[family.experts](read, blocks.num_layers)
+        if experts and weight_dtype is None and _expert_dtype(read):
+            experts = replace(experts, weight_dtype=_expert_dtype(read))
+        windows, window = _windows(read, family, blocks)
+        no_dense = experts is not None and experts.num_layers == blocks.num_layers
         return cls(
             architecture=name,
             hidden_size=read.integer("hidden_size"),
-            num_layers=num_layers,
+            num_layers=blocks.num_layers,
             vocab_size=read.integer("vocab_size"),
             num_heads=heads,
             num_kv_heads=int(raw.get("num_key_value_heads") or heads),
             head_dim=head_dim,
-            intermediate_size=read.integer("intermediate_size"),
+            intermediate_size=read.integer(
+                family.dense_width, 0 if no_dense and not blocks.dense_layers else None
+            ),
             tied_embeddings=bool(raw.get("tie_word_embeddings", family.tied_by_default)),
             activation_dtype=activation_dtype,
             weight_dtype=weight_dtype or _weight_dtype(read) or activation_dtype,
             kv_dtype=activation_dtype if kv_dtype in (None, "auto") else str(kv_dtype),
             tensor_parallel_size=tensor_parallel_size,
-            norms_per_layer=family.norms_per_layer,
-            qk_norm=family.qk_norm,
-            sliding_window=read.integer("sliding_window") if windows else None,
+            norms_per_layer=blocks.norms_per_layer or family.norms_per_layer,
+            qk_norm=bool(raw.get("use_qk_norm", family.qk_norm)),
+            sliding_window=window if windows else None,
             num_window_layers=windows,
-            experts=_EXPERTS[family.experts](read, num_layers) if family.experts else None,
+            experts=experts,
             latent=latent,
+            indexer=_indexer(read, blocks.num_layers) if family.windows == "indexer" else None,
+            linear_attention=blocks.linear_attention,
+            attention_layers=blocks.attention_layers,
+            dense_layers=blocks.dense_layers,
+            rope_layers=_rope_layers(blocks, family, windows),
+            full_heads=blocks.full_heads,
+            chunked_window=family.windows == "chunked",
+            output_gate=family.output_gate and bool(raw.get("attn_output_gate", True)),
+            gated_mlp=family.gated_mlp,
         )
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers with attention over a KV cache."""
+        if self.attention_layers is not None:
+            return self.attention_layers
+        linear = self.linear_attention
+        return self.num_layers - (linear.num_layers if linear else 0)
+
+    @property
+    def num_rope_layers(self) -> int:
+        """Attention layers with rotary embedding."""
+        return self.num_attention_layers if self.rope_layers is None else self.rope_layers
 
     @property
     def num_full_layers(self) -> int:
         """Layers whose attention sees the whole context."""
-        return self.num_layers - self.num_window_layers
+        return self.num_attention_layers - self.num_window_layers
 
     @property
     def num_dense_layers(self) -> int:
         """Layers with one dense MLP."""
+        if self.dense_layers is not None:
+            return self.dense_layers
         return self.num_layers - (self.experts.num_layers if self.experts else 0)
+
+    @property
+    def head_groups(self) -> tuple[tuple[int, HeadShape], ...]:
+        """Attention layers by the heads they have: how many, and which heads.
+
+        One group, or with ``full_heads`` two: those with a sliding window, then the others.
+        """
+        heads = HeadShape(self.num_kv_heads, self.head_dim)
+        if self.full_heads is None:
+            return ((self.num_attention_layers, heads),)
+        return ((self.num_window_layers, heads), (self.num_full_layers, self.full_heads))
 
     @property
     def local_heads(self) -> int:
@@ -211,7 +348,11 @@ class ModelShape:
     @property
     def local_kv_heads(self) -> int:
         """KV heads of one rank; replicated where there are fewer heads than ranks."""
-        return max(1, self.num_kv_heads // self.tensor_parallel_size)
+        return self.local_share(self.num_kv_heads)
+
+    def local_share(self, num_heads: int) -> int:
+        """One rank's share of ``num_heads``, which are replicated where ranks are more."""
+        return max(1, num_heads // self.tensor_parallel_size)
 
     @property
     def local_vocab_size(self) -> int:
@@ -239,53 +380,199 @@ class ModelShape:
 
     @property
     def compute_dtype(self) -> str:
-        """What the linear layers multiply in: int4 weights are expanded first."""
-        return self.weight_dtype if self.weight_dtype in ("fp8", "int8") else self.activation_dtype
+        """What the linear layers multiply in."""
+        return self.multiplied_in(self.weight_dtype)
+
+    def multiplied_in(self, weight_dtype: str) -> str:
+        """What weights multiply in: those of four bits are expanded first."""
+        return weight_dtype if weight_dtype in ("fp8", "int8") else self.activation_dtype
+
+    @property
+    def expert_dtype(self) -> str:
+        """The routed experts' weight dtype."""
+        return (self.experts and self.experts.weight_dtype) or self.weight_dtype
+
+    @property
+    def cached_bytes(self) -> float:
+        """KV cache bytes of one token in one layer of latent attention, on each rank."""
+        if self.latent is None:
+            raise ValueError(f"{self.architecture} has no latent attention")
+        if self.indexer and self.kv_element_bytes == 1:
+            return PACKED_LATENT_BYTES
+        return self.latent.cache_dim * self.kv_element_bytes
 
     @property
     def kv_bytes_per_token(self) -> float:
         """KV cache bytes of one token over all layers, on one rank.
 
         Sliding-window layers count in full: they too hold a token until it
-        leaves the window. Latent attention caches the same on every rank.
+        leaves the window. Latent attention, and an indexer, cache the same on every rank.
+        Linear-attention layers have ``state_bytes_per_request`` instead.
         """
-        elements = self.latent.cache_dim if self.latent else 2 * self.local_kv_heads * self.head_dim
-        return elements * self.num_layers * self.kv_element_bytes
+        if self.latent:
+            indexer = self.indexer
+            index = indexer.num_layers * indexer.cache_bytes if indexer else 0
+            return self.num_attention_layers * self.cached_bytes + index
+        return self.kv_element_bytes * sum(
+            layers * 2 * self.local_share(heads.num_kv_heads) * heads.head_dim
+            for layers, heads in self.head_groups
+        )
+
+    @property
+    def state_bytes_per_request(self) -> float:
+        """Bytes that the linear-attention layers keep of one request, on one rank."""
+        linear = self.linear_attention
+        if linear is None:
+            return 0.0
+        return linear.num_layers * (self.state_bytes + self.conv_state_bytes)
+
+    @property
+    def state_bytes(self) -> float:
+        """The recurrent state of one request in one linear-attention layer, on one rank."""
+        linear = self.linear_attention
+        if linear is None:
+            return 0.0
+        elements = self.local_share(linear.num_heads) * linear.value_dim * linear.key_dim
+        return elements * STATE_BYTES[linear.state_dtype]
+
+    @property
+    def conv_state_bytes(self) -> float:
+        """The last ``conv_width - 1`` tokens that a convolution keeps, in one layer."""
+        linear = self.linear_attention
+        if linear is None:
+            return 0.0
+        return (linear.conv_width - 1) * self.local_conv_dim * self.activation_bytes
+
+    @property
+    def local_conv_dim(self) -> int:
+        """Columns of keys, queries and values of a linear-attention layer, on one rank."""
+        linear = self.linear_attention
+        if linear is None:
+            return 0
+        keys = self.local_share(linear.num_key_heads) * linear.key_dim
+        return 2 * keys + self.local_share(linear.num_heads) * linear.value_dim
+
+    @property
+    def _state_dtype(self) -> str:
+        return self.linear_attention.state_dtype if self.linear_attention else "float32"
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of the weight matrices on one rank.
 
-        Norms and biases, below 0.1 % together, are left out. Embedding, lm_head
-        and routers stay in the activations' dtype under quantization.
+        Norms and biases, below 0.1 % together, are left out. Embedding, lm_head, routers and the
+        indexer's keys stay in the activations' dtype under quantization.
         """
-        linear = self.num_layers * self._attention_weights
-        linear += self.num_dense_layers * self._mlp_weights(self.intermediate_size)
-        plain = self.local_vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        if self.experts:
-            experts = self.experts
-            each = experts.num_experts * self._mlp_weights(experts.intermediate_size)
-            each += self._mlp_weights(experts.shared_intermediate_size)
-            linear += experts.num_layers * each
-            plain += experts.num_layers * self.hidden_size * experts.num_experts
-        return linear * self.weight_element_bytes + plain * self.activation_bytes
+        plain = self._plain_weights + self.local_vocab_size * self.hidden_size * (
+            1 if self.tied_embeddings else 2
+        )
+        return (
+            self._linear_weights * self.weight_element_bytes
+            + self._expert_weights * WEIGHT_BYTES[self.expert_dtype]
+            + plain * self.activation_bytes
+        )
 
-    def _mlp_weights(self, intermediate_size: int) -> int:
-        return 3 * self.hidden_size * self.local_width(intermediate_size)
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, norms and biases left out."""
+        whole = replace(self, tensor_parallel_size=1)
+        return (
+            whole._linear_weights
+            + whole._expert_weights
+            + whole._plain_weights
+            + self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        )
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Weights that a token is multiplied with: k of E experts; not the embedding, which is
+        looked up, though many publishers count it."""
+        whole = replace(self, tensor_parallel_size=1)
+        active = whole._linear_weights + whole._plain_weights + self.vocab_size * self.hidden_size
+        if self.experts:
+            share = self.experts.experts_per_token / self.experts.num_experts
+            active += round(whole._expert_weights * share)
+        return active
+
+    def mlp_weights(self, intermediate_size: int, hidden_size: int | None = None) -> int:
+        """Elements of one MLP on one rank: gate, up and down, or up and down."""
+        matrices = 3 if self.gated_mlp else 2
+        return matrices * (hidden_size or self.hidden_size) * self.local_width(intermediate_size)
+
+    @property
+    def _linear_weights(self) -> int:
+        """Elements in ``weight_dtype``, all but the routed experts."""
+        found = self.num_dense_layers * self.mlp_weights(self.intermediate_size)
+        found += self._attention_weights + self._linear_attention_weights
+        if experts := self.experts:
+            shared = self.mlp_weights(experts.shared_intermediate_size)
+            latent = 2 * self.hidden_size * experts.latent_size
+            found += experts.num_layers * (shared + latent)
+        return found
+
+    @property
+    def _expert_weights(self) -> int:
+        """Elements of the routed experts."""
+        if not (experts := self.experts):
+            return 0
+        each = self.mlp_weights(experts.intermediate_size, experts.latent_size)
+        return experts.num_layers * experts.num_experts * each
+
+    @property
+    def _plain_weights(self) -> int:
+        """Elements that stay in the activations' dtype, but embedding and lm_head."""
+        found = 0
+        if experts := self.experts:
+            columns = experts.num_experts + experts.shared_gate
+            found += experts.num_layers * self.hidden_size * columns
+        if indexer := self.indexer:
+            columns = indexer.head_dim + indexer.num_heads
+            found += indexer.num_layers * self.hidden_size * columns
+        if linear := self.linear_attention:
+            found += linear.num_layers * linear.conv_width * self.local_conv_dim
+            if linear.kind == "gated_delta":
+                gates = 2 * self.local_share(linear.num_heads)
+                found += linear.num_layers * self.hidden_size * gates
+        return found
+
+    @property
+    def _linear_attention_weights(self) -> int:
+        if not (linear := self.linear_attention):
+            return 0
+        value = self.local_share(linear.num_heads) * linear.value_dim
+        return linear.num_layers * self.hidden_size * (self.linear_attention_columns + value)
+
+    @property
+    def linear_attention_columns(self) -> int:
+        """What a linear-attention layer projects the hidden state to in one product: keys, queries,
+        values and as many elements of a gate; in Mamba2 also a step size for each head."""
+        if not (linear := self.linear_attention):
+            return 0
+        heads = self.local_share(linear.num_heads)
+        steps = heads if linear.kind == "mamba2" else 0
+        return self.local_conv_dim + heads * linear.value_dim + steps
 
     @property
     def _attention_weights(self) -> int:
         hidden, heads = self.hidden_size, self.local_heads
         if not self.latent:
-            return hidden * self.head_dim * (2 * heads + 2 * self.local_kv_heads)
+            queries = (3 if self.output_gate else 2) * heads
+            return sum(
+                layers * hidden * g.head_dim * (queries + 2 * self.local_share(g.num_kv_heads))
+                for layers, g in self.head_groups
+            )
         m = self.latent
         query_in = m.q_lora_rank or hidden
-        return (
+        each = (
             hidden * (m.q_lora_rank + m.cache_dim)
             + query_in * heads * self.head_dim
             + m.kv_lora_rank * heads * (m.nope_head_dim + m.v_head_dim)
             + heads * m.v_head_dim * hidden
         )
+        found = self.num_attention_layers * each
+        if indexer := self.indexer:
+            found += indexer.num_layers * query_in * indexer.num_heads * indexer.head_dim
+        return found
 
 
 class _Reader:
@@ -295,8 +582,9 @@ class _Reader:
         self.architecture = architecture
         self.raw = raw
 
-    def integer(self, key: str) -> int:
-        value = self.raw.get(key)
+    def integer(self, key: str, default: int | None = None) -> int:
+        """The key's value; ``default`` is for a key that transformers fills in by itself."""
+        value = self.raw.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             found = "is missing" if value is None else f"is {value!r}"
             raise ValueError(f"{self.architecture} needs an integer {key!r}, which {found}")
@@ -320,6 +608,12 @@ def _activation_dtype(read: _Reader) -> str:
     return "bfloat16" if given == "float32" else given
 
 
+def _expert_dtype(read: _Reader) -> str | None:
+    """The experts' weight dtype where quantization is theirs alone, which mxfp4 is."""
+    method = (read.raw.get("quantization_config") or {}).get("quant_method")
+    return "mxfp4" if method in _MXFP4 else None
+
+
 def _weight_dtype(read: _Reader) -> str | None:
     quantization = read.raw.get("quantization_config")
     if not quantization:
@@ -327,6 +621,8 @@ def _weight_dtype(read: _Reader) -> str | None:
     method = quantization.get("quant_method")
     if method == "fp8":
         return "fp8"
+    if method in _MXFP4 and read.architecture == "GptOssForCausalLM":
+        return None
     if method in ("awq", "gptq") and quantization.get("bits") == 4:
         return "int4"
     if method == "compressed-tensors":
@@ -342,8 +638,13 @@ def _weight_dtype(read: _Reader) -> str | None:
             return "int4"
     raise UnsupportedArchitectureError(
         f"quantization {method!r} of {read.architecture} is not supported in this form; supported"
-        " are fp8, 4-bit awq and gptq, and compressed-tensors with fp8, int8 or int4 weights"
+        " are fp8, 4-bit awq and gptq, gpt-oss's mxfp4, and compressed-tensors with fp8, int8 or"
+        " int4 weights"
     )
+
+
+_MXFP4 = ("mxfp4", "gpt_oss_mxfp4")
+"""In config.json, and as vLLM renames it."""
 
 
 def _latent(read: _Reader) -> LatentShape:
@@ -356,22 +657,195 @@ def _latent(read: _Reader) -> LatentShape:
     )
 
 
-def _window_layers(read: _Reader, family: _Family, num_layers: int) -> int:
-    """How many layers attend to a sliding window only."""
+def _indexer(read: _Reader, num_layers: int) -> IndexerShape:
+    """Some layers take an earlier one's choice: by pattern, or all but each index_topk_freq-th.
+
+    Source: vLLM's DeepseekV32Attention, which has the same defaults.
+    """
+    pattern, every = read.raw.get("index_topk_pattern"), read.raw.get("index_topk_freq", 1)
+    offset = read.raw.get("index_skip_topk_offset", 2)
+    if pattern is not None:
+        own = num_layers - sum(kind == "S" for kind in pattern[:num_layers])
+    else:
+        own = sum(max(i - offset + 1, 0) % every == 0 for i in range(num_layers))
+    return IndexerShape(own, read.integer("index_n_heads"), read.integer("index_head_dim"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """What the residual blocks of a model consist of; None as in ModelShape."""
+
+    num_layers: int
+    attention_layers: int | None = None
+    dense_layers: int | None = None
+    linear_attention: LinearAttentionShape | None = None
+    full_heads: HeadShape | None = None
+    norms_per_layer: int | None = None
+
+
+def _plain_blocks(read: _Reader) -> _Blocks:
+    return _Blocks(read.integer("num_hidden_layers"))
+
+
+def _gated_delta_blocks(read: _Reader) -> _Blocks:
+    """Qwen3-Next and Qwen3.5. Defaults: transformers' Qwen3NextConfig and Qwen3_5TextConfig."""
+    num_layers = read.integer("num_hidden_layers")
+    interval = read.raw.get("full_attention_interval", 4)
+    kinds = read.raw.get("layer_types") or [
+        "linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)
+    ]
+    if set(kinds) - {"linear_attention", "full_attention"}:
+        raise UnsupportedArchitectureError(
+            f"{read.architecture} with layer_types {', '.join(sorted(set(kinds)))} is not supported"
+        )
+    linear = LinearAttentionShape(
+        kind="gated_delta",
+        num_layers=kinds.count("linear_attention"),
+        num_heads=read.integer("linear_num_value_heads"),
+        num_key_heads=read.integer("linear_num_key_heads"),
+        value_dim=read.integer("linear_value_head_dim"),
+        key_dim=read.integer("linear_key_head_dim"),
+        conv_width=read.integer("linear_conv_kernel_dim"),
+        chunk_tokens=64,  # that of vLLM's kernels
+        # vLLM's mamba_ssm_cache_dtype "auto": the config's, or the activations'.
+        state_dtype=str(read.raw.get("mamba_ssm_dtype") or _activation_dtype(read)),
+    )
+    return _Blocks(num_layers, linear_attention=linear if linear.num_layers else None)
+
+
+_NEMOTRON_BLOCKS = {
+    "M": "linear_attention",
+    "mamba": "linear_attention",
+    "*": "full_attention",
+    "attention": "full_attention",
+    "-": "mlp",
+    "E": "moe",
+}
+"""Names that hybrid_override_pattern and layers_block_type have had for one kind of block."""
+
+
+def _nemotron_kinds(read: _Reader) -> list[str]:
     raw = read.raw
+    given = raw.get("layers_block_type") or raw.get("hybrid_override_pattern")
+    if not given:
+        raise ValueError(f"{read.architecture} needs 'hybrid_override_pattern', which is missing")
+    kinds = [_NEMOTRON_BLOCKS.get(kind, kind) for kind in given]
+    if unknown := sorted(set(kinds) - set(_NEMOTRON_BLOCKS.values())):
+        raise UnsupportedArchitectureError(
+            f"{read.architecture} with blocks {', '.join(unknown)} is not supported"
+        )
+    return kinds
+
+
+def _nemotron_blocks(read: _Reader) -> _Blocks:
+    """Each block is one of Mamba2, attention, an MLP or experts. Defaults: NemotronHConfig's."""
+    kinds = _nemotron_kinds(read)
+    mamba = LinearAttentionShape(
+        kind="mamba2",
+        num_layers=kinds.count("linear_attention"),
+        num_heads=read.integer("mamba_num_heads"),
+        num_key_heads=read.integer("n_groups"),
+        value_dim=read.integer("mamba_head_dim"),
+        key_dim=read.integer("ssm_state_size"),
+        conv_width=read.integer("conv_kernel"),
+        chunk_tokens=read.integer("chunk_size", 128),
+        state_dtype=str(read.raw.get("mamba_ssm_cache_dtype", "float32")),
+    )
+    return _Blocks(
+        num_layers=len(kinds),
+        attention_layers=kinds.count("full_attention"),
+        dense_layers=kinds.count("mlp"),
+        linear_attention=mamba if mamba.num_layers else None,
+    )
+
+
+def _gemma4_blocks(read: _Reader) -> _Blocks:
+    """Layers that see everything have other heads, and experts stand beside a dense MLP.
+
+    Defaults: transformers' Gemma4TextConfig, whose to_dict() has ``per_layer_config`` in place of
+    ``global_head_dim`` and ``num_global_key_value_heads``.
+    """
+    raw = read.raw
+    for key, default in (("hidden_size_per_layer_input", 256), ("num_kv_shared_layers", 0)):
+        if raw.get(key, default):
+            raise UnsupportedArchitectureError(
+                f"{read.architecture} with {key} {raw.get(key, default)} is not supported by the"
+                " roofline"
+            )
+    num_layers = read.integer("num_hidden_layers")
+    changed = raw.get("per_layer_config")
+    if changed is None:
+        full = {"head_dim": raw.get("global_head_dim", 512)}
+        if raw.get("attention_k_eq_v") and raw.get("num_global_key_value_heads"):
+            full["num_key_value_heads"] = raw["num_global_key_value_heads"]
+    else:
+        ways = {tuple(sorted(each.items())) for each in changed.values()}
+        layers = {int(layer) for layer in changed}
+        kinds = raw.get("layer_types") or []
+        if len(ways) > 1 or layers != {i for i, k in enumerate(kinds) if k == "full_attention"}:
+            raise UnsupportedArchitectureError(
+                f"{read.architecture} with this per_layer_config is not supported by the roofline"
+            )
+        full = dict(next(iter(ways), ()))
+    return _Blocks(
+        num_layers,
+        dense_layers=num_layers,
+        # Four more where there are experts: before and after them, after the MLP, the router's.
+        norms_per_layer=8 if raw.get("num_experts") else 4,
+        full_heads=HeadShape(
+            full.get("num_key_value_heads", read.integer("num_key_value_heads")),
+            full.get("head_dim", read.integer("head_dim")),
+        ),
+    )
+
+
+_BLOCKS = {
+    "plain": _plain_blocks,
+    "gated_delta": _gated_delta_blocks,
+    "nemotron": _nemotron_blocks,
+    "gemma4": _gemma4_blocks,
+}
+
+
+def _windows(read: _Reader, family: _Family, blocks: _Blocks) -> tuple[int, int]:
+    """How many layers attend to a window only, and how many tokens that has."""
+    raw, num_layers = read.raw, blocks.num_layers
+    if family.windows == "indexer":
+        return num_layers, read.integer("index_topk")
+    if family.windows == "chunked":
+        return _chunked_layers(read, num_layers), read.integer("attention_chunk_size", 8192)
     if not raw.get("sliding_window") or family.windows == "none":
-        return 0
+        return 0, 0
+    window = read.integer("sliding_window")
     if family.windows == "upper" and not raw.get("use_sliding_window"):
-        return 0
+        return 0, 0
     if layer_types := raw.get("layer_types"):
-        return sum(kind == "sliding_attention" for kind in layer_types)
+        return sum(kind == "sliding_attention" for kind in layer_types), window
     if family.windows == "upper":
-        return max(0, num_layers - read.integer("max_window_layers"))
+        return max(0, num_layers - read.integer("max_window_layers")), window
     if family.windows == "alternate":
-        return (num_layers + 1) // 2
+        return (num_layers + 1) // 2, window
     if family.windows == "pattern":
-        return num_layers - num_layers // read.integer("sliding_window_pattern")
-    return num_layers
+        every = read.integer("sliding_window_pattern", family.default_window_pattern)
+        return num_layers - num_layers // every, window
+    attention = blocks.attention_layers
+    return num_layers if attention is None else attention, window
+
+
+def _chunked_layers(read: _Reader, num_layers: int) -> int:
+    """Llama 4's layers with rotary embedding attend by chunks, the others to everything.
+
+    ``no_rope_layers`` is 1 for a layer that *has* it. Defaults: transformers' Llama4TextConfig.
+    """
+    interval = read.raw.get("no_rope_layer_interval", 4)
+    given = read.raw.get("no_rope_layers")
+    return sum(given or ((i + 1) % interval != 0 for i in range(num_layers)))
+
+
+def _rope_layers(blocks: _Blocks, family: _Family, windows: int) -> int | None:
+    if family.windows == "chunked":
+        return windows
+    return 0 if family.blocks == "nemotron" else None
 
 
 def _mixtral_experts(read: _Reader, num_layers: int) -> ExpertShape:
@@ -387,12 +861,14 @@ def _qwen_experts(read: _Reader, num_layers: int) -> ExpertShape:
     step = read.raw.get("decoder_sparse_step", 1)
     dense = set(read.raw.get("mlp_only_layers") or ())
     sparse = [i for i in range(num_layers) if i not in dense and (i + 1) % step == 0]
+    shared = int(read.raw.get("shared_expert_intermediate_size") or 0)
     return ExpertShape(
         num_layers=len(sparse),
         num_experts=read.integer("num_experts"),
         experts_per_token=read.integer("num_experts_per_tok"),
         intermediate_size=read.integer("moe_intermediate_size"),
-        shared_intermediate_size=int(read.raw.get("shared_expert_intermediate_size") or 0),
+        shared_intermediate_size=shared,
+        shared_gate=shared > 0,
     )
 
 
@@ -408,31 +884,111 @@ def _deepseek_experts(read: _Reader, num_layers: int) -> ExpertShape:
     )
 
 
-_EXPERTS = {"mixtral": _mixtral_experts, "qwen": _qwen_experts, "deepseek": _deepseek_experts}
+def _llama4_experts(read: _Reader, num_layers: int) -> ExpertShape | None:
+    """Each ``interleave_moe_layer_step``-th layer, with a shared expert as wide as a routed one."""
+    step, width = read.integer("interleave_moe_layer_step", 1), read.integer("intermediate_size")
+    if not step:
+        return None
+    return ExpertShape(
+        num_layers=num_layers // step,
+        num_experts=read.integer("num_local_experts"),
+        experts_per_token=read.integer("num_experts_per_tok"),
+        intermediate_size=width,
+        shared_intermediate_size=width,
+    )
+
+
+def _nemotron_experts(read: _Reader, num_layers: int) -> ExpertShape | None:
+    count = _nemotron_kinds(read).count("moe")
+    if not count:
+        return None
+    shared = read.integer("n_shared_experts", 1)
+    return ExpertShape(
+        num_layers=count,
+        num_experts=read.integer("n_routed_experts"),
+        experts_per_token=read.integer("num_experts_per_tok"),
+        intermediate_size=read.integer("moe_intermediate_size"),
+        shared_intermediate_size=shared
+        and shared * read.integer("moe_shared_expert_intermediate_size"),
+        latent_size=int(read.raw.get("moe_latent_size") or 0),
+    )
+
+
+def _gemma4_experts(read: _Reader, num_layers: int) -> ExpertShape | None:
+    if not read.raw.get("num_experts"):
+        return None
+    return ExpertShape(
+        num_layers=num_layers,
+        num_experts=read.integer("num_experts"),
+        experts_per_token=read.integer("top_k_experts"),
+        intermediate_size=read.integer("moe_intermediate_size"),
+    )
+
+
+_EXPERTS: Mapping[str, Callable[[_Reader, int], ExpertShape | None]] = {
+    "mixtral": _mixtral_experts,
+    "qwen": _qwen_experts,
+    "deepseek": _deepseek_experts,
+    "llama4": _llama4_experts,
+    "nemotron": _nemotron_experts,
+    "gemma4": _gemma4_experts,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
     """What an architecture's name implies beyond the keys of its config.
 
-    ``windows`` says which layers have a sliding window where the config has no
-    ``layer_types``: all; the upper ones from max_window_layers; every other one;
-    all but each sliding_window_pattern-th.
+    ``windows`` says which layers have a sliding window where the config has no ``layer_types``:
+    all; the upper ones from max_window_layers; every other one; all but each
+    sliding_window_pattern-th; those of Llama 4 that attend by chunks; all, to what an indexer
+    chooses. ``dense_width`` names the key of a dense MLP's width. ``text_types`` are the types of
+    nested text models that are known, where an architecture is used around several.
     """
 
-    windows: Literal["none", "all", "upper", "alternate", "pattern"] = "none"
+    windows: Literal["none", "all", "upper", "alternate", "pattern", "chunked", "indexer"] = "none"
     norms_per_layer: int = 2
     qk_norm: bool = False
     explicit_head_dim: bool = False
+    default_head_dim: int | None = None
+    default_window_pattern: int | None = None
     tied_by_default: bool = False
     experts: str | None = None
     latent: bool = False
+    blocks: str = "plain"
+    output_gate: bool = False
+    gated_mlp: bool = True
+    dense_width: str = "intermediate_size"
+    text_types: tuple[str, ...] = ()
 
 
 _GEMMA3 = _Family("pattern", 4, qk_norm=True, explicit_head_dim=True, tied_by_default=True)
+_GEMMA4 = _Family(
+    "pattern",
+    4,
+    qk_norm=True,
+    explicit_head_dim=True,
+    default_window_pattern=6,
+    tied_by_default=True,
+    experts="gemma4",
+    blocks="gemma4",
+)
+_LLAMA4 = _Family(
+    "chunked",
+    qk_norm=True,
+    explicit_head_dim=True,
+    default_head_dim=128,
+    experts="llama4",
+    dense_width="intermediate_size_mlp",
+)
+_QWEN3_5 = _Family(qk_norm=True, explicit_head_dim=True, blocks="gated_delta", output_gate=True)
+_QWEN3_NEXT = replace(_QWEN3_5, experts="qwen")
+_SPARSE = _Family("indexer", experts="deepseek", latent=True)
 _FAMILIES: Mapping[str, _Family] = {
     "LlamaForCausalLM": _Family(),
     "MistralForCausalLM": _Family("all"),
+    "Ministral3ForCausalLM": _Family("all", explicit_head_dim=True, default_head_dim=128),
+    "Mistral3ForConditionalGeneration": _Family("all", text_types=("mistral", "ministral3")),
     "Phi3ForCausalLM": _Family("all"),
     "Qwen2ForCausalLM": _Family("upper"),
     "Qwen3ForCausalLM": _Family("upper", qk_norm=True, explicit_head_dim=True),
@@ -440,9 +996,32 @@ _FAMILIES: Mapping[str, _Family] = {
     "Gemma2ForCausalLM": _Family("alternate", 4, explicit_head_dim=True, tied_by_default=True),
     "Gemma3ForCausalLM": _GEMMA3,
     "Gemma3ForConditionalGeneration": _GEMMA3,
+    "Gemma4ForCausalLM": _GEMMA4,
+    "Gemma4ForConditionalGeneration": _GEMMA4,
     "MixtralForCausalLM": _Family("all", experts="mixtral"),
+    "GptOssForCausalLM": _Family("alternate", explicit_head_dim=True, experts="mixtral"),
+    "Llama4ForCausalLM": _LLAMA4,
+    "Llama4ForConditionalGeneration": _LLAMA4,
     "Qwen2MoeForCausalLM": _Family("upper", experts="qwen"),
     "Qwen3MoeForCausalLM": _Family("upper", qk_norm=True, explicit_head_dim=True, experts="qwen"),
+    "Qwen3NextForCausalLM": _QWEN3_NEXT,
+    "Qwen3_5ForCausalLM": _QWEN3_5,
+    "Qwen3_5ForConditionalGeneration": _QWEN3_5,
+    "Qwen3_5MoeForCausalLM": _QWEN3_NEXT,
+    "Qwen3_5MoeForConditionalGeneration": _QWEN3_NEXT,
+    "Glm4MoeForCausalLM": _Family(explicit_head_dim=True, experts="deepseek"),
+    "Glm4MoeLiteForCausalLM": _Family(experts="deepseek", latent=True),
+    "GlmMoeDsaForCausalLM": _SPARSE,
     "DeepseekV2ForCausalLM": _Family(experts="deepseek", latent=True),
     "DeepseekV3ForCausalLM": _Family(experts="deepseek", latent=True),
+    "DeepseekV32ForCausalLM": _SPARSE,
+    "NemotronHForCausalLM": _Family(
+        "all",
+        norms_per_layer=1,
+        explicit_head_dim=True,
+        default_head_dim=128,
+        experts="nemotron",
+        blocks="nemotron",
+        gated_mlp=False,
+    ),
 }
