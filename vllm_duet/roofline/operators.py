@@ -489,12 +489,16 @@ def convolution(shape: ModelShape, columns: int) -> Operator:
     """Reads and writes ``columns`` a token; a decode also the tokens before it that are kept."""
     m = shape.linear_attention
     assert m is not None
-    size = 2 * columns * shape.activation_bytes
+    act = shape.activation_bytes
     return Operator(
         "linear_conv",
         Kind.ROWWISE,
         m.num_layers,
-        bytes={"tokens": size, "decode_tokens": 2 * shape.conv_state_bytes},
+        bytes={
+            "step": m.conv_width * columns * act,
+            "tokens": 2 * columns * act,
+            "decode_tokens": 2 * shape.conv_state_bytes,
+        },
     )
 
 
