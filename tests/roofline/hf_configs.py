@@ -398,6 +398,7 @@ GEMMA4_26B_A4B = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "num_global_key_value_heads": 2,
+        "enable_moe_block": True,
         "num_experts": 128,
         "top_k_experts": 8,
         "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
