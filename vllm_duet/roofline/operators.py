@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
 
-from vllm_duet.roofline.model_shape import WEIGHT_BYTES, HeadShape, ModelShape
+from vllm_duet.roofline.layer_shapes import HeadShape
+from vllm_duet.roofline.model_shape import WEIGHT_BYTES, ModelShape
 
 FEATURES: Final = (
     "step",  # 1 where the step has any token
