@@ -13,18 +13,16 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_config_from_groups,
-    get_kv_cache_groups,
-    get_max_concurrency_for_kv_cache_config,
-)
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
+    KVCacheGroupSpec,
     KVCacheSpec,
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 
 from vllm_duet.roofline import ModelShape
@@ -72,16 +70,24 @@ def kv_cache_config(config: VllmConfig, shape: ModelShape) -> KVCacheConfig:
     cache = config.cache_config
     room = int(cache.num_gpu_blocks * BLOCK_SIZE * shape.kv_bytes_per_token)
     cache.block_size = _block_size(shape)
+    cache.kv_cache_layout = "LBNHC"  # vLLM's preference where a backend has none
     groups = get_kv_cache_groups(config, layer_specs(config, shape))
-    found = get_kv_cache_config_from_groups(config, groups, room)
-    cache.num_gpu_blocks = found.num_blocks
-    longest = config.model_config.max_model_len
-    if shape.linear_attention and get_max_concurrency_for_kv_cache_config(config, found) < 1:
+    # Groups share the blocks, which are as wide as the widest group.
+    cache.num_gpu_blocks = room // max(map(_block_bytes, groups))
+    longest = sum(
+        group.kv_cache_spec.max_memory_usage_bytes(config) // group.kv_cache_spec.page_size_bytes
+        for group in groups
+    )
+    # vLLM keeps one block for itself. Without states the caller sees to it.
+    if shape.linear_attention and longest >= cache.num_gpu_blocks:
         raise ValueError(
             f"the KV cache of {room / 1e9:.1f} GB does not hold {shape.architecture}'s states and"
-            f" {longest} tokens of one request: set a lower max_model_len"
+            f" {config.model_config.max_model_len} tokens of one request: set a lower"
+            " --max-model-len"
         )
-    return found
+    return KVCacheConfig(
+        num_blocks=cache.num_gpu_blocks, kv_cache_tensors=[], kv_cache_groups=groups
+    )
 
 
 def layer_specs(config: VllmConfig, shape: ModelShape) -> dict[str, KVCacheSpec]:
@@ -131,6 +137,14 @@ def layer_specs(config: VllmConfig, shape: ModelShape) -> dict[str, KVCacheSpec]
         )
         specs |= {f"linear.{i}": state for i in range(linear.num_layers)}
     return specs
+
+
+def _block_bytes(group: KVCacheGroupSpec) -> int:
+    """One block in all of a group's layers."""
+    spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return spec.page_size_bytes
+    return spec.page_size_bytes * len(group.layer_names)
 
 
 def _state_bytes(shape: ModelShape) -> int:
