@@ -33,7 +33,7 @@ from vllm_duet.roofline import (
 from vllm_duet.scheduler import DuetScheduler
 from vllm_duet.sim.engine import SimulatedClock
 from vllm_duet.step_times import StepTimes
-from vllm_duet.support import LIMITS
+from vllm_duet.support import LIMITS, deciding_blockers
 
 PolicyFactory = Callable[[Roofline, PolicyLimits, StepTimeCorrection], Policy]
 
@@ -68,7 +68,7 @@ class SimulatedDuetScheduler(DuetScheduler):
         ]
         correction = StepTimeCorrection()
         self._step_times = StepTimes(correction, clock)
-        self._policy = policy(correction)
+        self._policy = None if deciding_blockers(self.vllm_config) else policy(correction)
         self._follows = follows
 
     def _plan_to_follow(self, prefill: InFlightPrefill) -> DuetPlan | None:
