@@ -178,6 +178,12 @@ def test_heads_that_differ_by_window_by_hand() -> None:
     assert ops["window_qkv_proj"].flops == 50 * 2 * 2 * 5376 * (32 + 2 * 16) * 256
     assert ops["qkv_proj"].flops == 10 * 2 * 2 * 5376 * (32 + 2 * 4) * 512
     assert ops["o_proj"].flops == 10 * 2 * 2 * 32 * 512 * 5376
+    assert ops["norms"].bytes == (60 * 4 + 1) * 2 * 4 * 5376 * 2
+    # With experts beside the MLP, four more a layer, and the router's is one of them.
+    beside = by_name(roofline_of("gemma4-26b-a4b"), Batch([1], [0]))
+    assert beside["norms"].bytes == (30 * 8 + 1) * 4 * 2816 * 2
+    assert beside["gate_up"].flops == 30 * 2 * 2816 * 2 * 2112
+    assert beside["experts_sum"].bytes == 30 * 9 * 2816 * 2
     query_and_output = 2 * 2 * 32 * 2
     assert ops["attention_decode_window"].bytes == 50 * (
         (100 + 1024) * 2 * 16 * 256 * 2 + query_and_output * 256
