@@ -135,7 +135,7 @@ class ModelShape:
     ) -> ModelShape:
         """Read a Hugging Face config: a dict, a config.json, or the folder of one.
 
-        Of a multimodal model it is the text model alone, and no model's drafting (MTP) layers count.
+        Of a multimodal model it is the text model alone; drafting (MTP) layers do not count.
         ``weight_dtype`` (a key of WEIGHT_BYTES) overrides the config's own dtype
         or quantization; ``kv_dtype`` (a key of KV_BYTES, or "auto") defaults to
         the activations' dtype, as in vLLM.
