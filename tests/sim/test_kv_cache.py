@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from copy import deepcopy
 from functools import cache
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from harness import simulation
+from harness import NO_COSTS, QUIET, simulation
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_duet.roofline import ModelShape
 from vllm_duet.sim.kv_cache import BLOCK_SIZE, kv_cache_config, layer_specs, text_model
+from vllm_duet.sim.simulation import Options, Simulation
+from vllm_duet.sim.traces import TraceRequest
 
 sys.path.append(str(Path(__file__).parents[1] / "roofline"))
 from hf_configs import ALL, Config
@@ -113,7 +116,8 @@ def test_groups() -> None:
     assert {row[:2] for row in gemma} == {("FullAttentionSpec", 32), ("SlidingWindowSpec", 16)}
     # A GPU's vLLM gives layers by chunks no blocks of their own.
     assert groups("llama4-scout") == [("FullAttentionSpec", 16, 48)]
-    assert groups("deepseek-v3.2") == [("UniformTypeKVCacheSpecs", 16, 122)]
+    # Latents and the indexers' keys: pages of two sizes in one group.
+    assert groups("deepseek-v3.2") == [("MLAAttentionSpec", 16, 122)]
     # A state of 2.1 MB is as large as 1056 tokens of 2048 bytes.
     qwen = groups("qwen3.5-35b-a3b")
     assert {row[:2] for row in qwen} == {("FullAttentionSpec", 1056), ("MambaSpec", 1056)}
@@ -126,8 +130,63 @@ def test_states_and_a_longest_request_have_to_fit() -> None:
         kv_cache_config(config(shape, blocks=100), shape)
 
 
+def test_a_pool_is_as_large_as_the_memory() -> None:
+    """Blocks times a block's bytes in the widest group; never more than there is room for."""
+    for name in ("qwen3-8b", "gemma3-1b", "gemma4-31b", "deepseek-v3.2", "qwen3.5-27b"):
+        shape = ModelShape.from_hf_config(ALL[name])
+        engine = config(shape)
+        room = 100_000 * BLOCK_SIZE * shape.kv_bytes_per_token
+        found = kv_cache_config(engine, shape)
+        specs = layer_specs(engine, shape)
+        widest = max(
+            sum(specs[layer].page_size_bytes for layer in group.layer_names)
+            for group in found.kv_cache_groups
+        )
+        if name == "gemma4-31b":  # its full layers' blocks have twice the tokens
+            widest = 10 * 2 * 16 * 16 * 256 * 2
+        assert found.num_blocks == engine.cache_config.num_gpu_blocks == room // widest
+
+
 def test_only_the_text_model_is_served() -> None:
     text = text_model(ALL["gemma4-31b"] | {"vision_config": {}})
     assert text["architectures"] == ["Gemma4ForCausalLM"]
     assert "vision_config" not in text and text["hidden_size"] == 5376
+    rope = {"rope_theta": 1e7, "mrope_section": [11, 11, 10], "mrope_interleaved": True}
+    nested = ALL["qwen3.5-27b"]["text_config"] | {"rope_parameters": rope}
+    text = text_model(ALL["qwen3.5-27b"] | {"text_config": nested})
+    assert text["rope_parameters"] == {"rope_theta": 1e7} and len(rope) == 3
+    assert "quantization_config" not in text_model(ALL["gpt-oss-20b"])
     assert text_model(ALL["qwen3-8b"]) == ALL["qwen3-8b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "blockers"),
+    [
+        ("qwen3.5-35b-a3b", ["state-space layers"]),
+        ("gpt-oss-20b", []),
+        ("glm-4.7-flash", []),
+    ],
+)
+def test_engines_serve_it(tmp_path: Path, name: str, blockers: list[str]) -> None:
+    """Every token comes, by stock's and by our scheduler; with states both do the same."""
+    model = json.loads(json.dumps(ALL[name]))
+    text = model.get("text_config", model)
+    text |= {"max_position_embeddings": 8192}
+    types = {"gpt-oss-20b": "gpt_oss", "glm-4.7-flash": "glm4_moe_lite"}
+    model["model_type"] = types.get(name)
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    trace = [TraceRequest(10.0 * i, 3000, 5) for i in range(4)]
+    ran = {}
+    for scheduler in ("stock", "duet"):
+        simulated = Simulation(
+            Options(tmp_path, gpu="h200", scheduler=scheduler, disturbances=QUIET, costs=NO_COSTS)
+        )
+        ran[scheduler] = simulated.run(trace)
+        assert [len(record.token_ms) for record in ran[scheduler].records] == [5] * 4
+    scheduler = simulated.engine().scheduler
+    assert scheduler._blockers == blockers
+    assert scheduler.scheduler_config.enable_chunked_prefill
+    assert scheduler.max_num_scheduled_tokens == 8192
+    if blockers:
+        assert ran["duet"].records == ran["stock"].records
+        assert not any(ran["duet"].steps_by_mode.values())

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_kv_cache_groups,
+)
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -51,8 +54,14 @@ def text_model(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     text = dict(hf_config.get("text_config") or hf_config)
     name = (hf_config.get("architectures") or [""])[0]
     text["architectures"] = [_TEXT_MODELS.get(name, name)]
-    # Code of a model's repository; what it configures is known here.
-    text.pop("auto_map", None)
+    # The repository's code, and what a CPU's vLLM might not run: a scheduler needs neither.
+    for key in ("auto_map", "quantization_config"):
+        text.pop(key, None)
+    # Positions of images, which vLLM takes out for a text model too.
+    rope = dict(text.get("rope_parameters") or {})
+    if rope.pop("mrope_section", None):
+        rope.pop("mrope_interleaved", None)
+        text["rope_parameters"] = rope
     return text
 
 
@@ -85,9 +94,10 @@ def kv_cache_config(config: VllmConfig, shape: ModelShape) -> KVCacheConfig:
             f" {config.model_config.max_model_len} tokens of one request: set a lower"
             " --max-model-len"
         )
-    return KVCacheConfig(
+    workers = KVCacheConfig(
         num_blocks=cache.num_gpu_blocks, kv_cache_tensors=[], kv_cache_groups=groups
     )
+    return generate_scheduler_kv_cache_config([workers])
 
 
 def layer_specs(config: VllmConfig, shape: ModelShape) -> dict[str, KVCacheSpec]:

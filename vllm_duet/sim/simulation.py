@@ -238,6 +238,10 @@ class Simulation:
                 max_num_seqs=min(self.options.max_num_seqs, max_num_batched_tokens),
                 additional_config={"duet": {"mode": "aggregated"}},
             ).create_engine_config()
+        if self.shape.latent:  # a CPU's vLLM has neither for latent attention, a GPU's has both
+            config.scheduler_config.enable_chunked_prefill = True
+            config.cache_config.enable_prefix_caching = True
+            config.scheduler_config.max_num_batched_tokens = max_num_batched_tokens
         config.cache_config.num_gpu_blocks = self.kv_cache_tokens // BLOCK_SIZE
         return config
 
