@@ -201,6 +201,14 @@ LIMITS = (
         lambda vllm, kv: kv is not None and kv.has_mamba_layers,
     ),
     Limit(
+        "a prefix cache of state-space layers",
+        "options",
+        "SPLIT and CAPPED cut prompts anywhere, and vLLM caches states at whole blocks, so some"
+        " prompts would never start: --no-enable-prefix-caching.",
+        lambda vllm, kv: vllm.cache_config.mamba_cache_mode == "align",
+        caps_too=True,
+    ),
+    Limit(
         "no full CUDA graphs of decode steps",
         "options",
         "SPLIT on a GPU decodes by full CUDA graphs: no --enforce-eager, and a cudagraph_mode"

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hf_configs import ALL, DEEPSEEK_V2_LITE, GEMMA3_1B, LLAMA3_8B, QWEN3_8B, QWEN3_30B_A3B
+from hf_configs import (
+    ALL,
+    DEEPSEEK_V2_LITE,
+    GEMMA3_1B,
+    LLAMA3_8B,
+    LLAMA4_SCOUT,
+    QWEN3_8B,
+    QWEN3_30B_A3B,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +39,19 @@ BATCHES = st.lists(
     min_size=1,
     max_size=12,
 ).map(lambda pairs: Batch([q for q, _ in pairs], [c for _, c in pairs]))
-MODELS = st.sampled_from(["qwen3-8b", "gemma3-1b", "qwen3-30b-a3b", "deepseek-v2-lite"])
+MODELS = st.sampled_from(
+    [
+        "qwen3-8b",
+        "gemma3-1b",
+        "qwen3-30b-a3b",
+        "deepseek-v2-lite",
+        "deepseek-v3.2",
+        "llama4-scout",
+        "qwen3-next-80b-a3b",
+        "gemma4-26b-a4b",
+        "nemotron-3-super",
+    ]
+)
 
 
 @cache
@@ -75,11 +95,15 @@ def test_every_weight_is_read_once_when_all_experts_are_hit(
 ) -> None:
     roofline = roofline_of(name, tensor_parallel_size)
     gemms = {op.name for op in roofline.operators if op.depth or op.name.startswith("experts")}
+    gemms.add("linear_conv")
     shape = roofline.shape
     read = 0.0
     many = 10**9
     # The part of the bytes that does not grow with the tokens.
     for op in roofline.operators:
+        if op.name == "absorb" and shape.indexer:
+            # The latent's expansion, read in the activations' dtype, and never by itself.
+            read += op.repeats * op.bytes["step"] * shape.weight_element_bytes / 2
         if op.name not in gemms or op.name in ("experts_act", "experts_sum"):
             continue
         fixed = op.bytes.get(op.gate, 0.0)
@@ -113,6 +137,130 @@ def test_latent_attention_by_hand() -> None:
     latent_read = 27 * 1000 * 576 * 2
     query_and_output = 27 * 16 * (576 + 512) * 2
     assert ops["attention_decode"].bytes == latent_read + query_and_output
+
+
+def test_chunked_window_by_hand() -> None:
+    """Llama 4 Scout: 36 layers whose attention begins anew each 8192 tokens, 12 that see all."""
+    ops = by_name(roofline_of("llama4-scout"), Batch([9000, 1, 1], [10_000, 100, 17_000]))
+    pair = 4 * 40 * 128
+    seen = sum((10_000 + j) % 8192 + 1 for j in range(9000))
+    assert ops["attention_prefill_window"].flops == 36 * pair * seen
+    assert ops["attention_prefill"].flops == 12 * pair * sum(10_001 + j for j in range(9000))
+    assert ops["attention_decode_window"].flops == 36 * pair * (101 + 17_000 % 8192 + 1)
+    # From the chunk's start, token 8192, to the last of 19000 tokens.
+    kv, width = 2 * 8 * 128 * 2, 40 * 128
+    moved = (19_000 - 8192) * kv + 9000 * 2 * width * 2
+    assert ops["attention_prefill_window"].bytes == 36 * moved
+    assert ops["rope"].bytes == 36 * 9002 * 2 * 48 * 128 * 2
+    assert ops["qk_norm"].bytes == ops["rope"].bytes
+    assert "qk_norm" not in by_name(roofline_of("llama4-maverick"), Batch([1], [0]))
+
+
+@pytest.mark.parametrize("name", ["llama4-scout", "gpt-oss-120b", "deepseek-v3.2"])
+def test_capped_prefills_see_the_same_window(name: str) -> None:
+    """The compiled sums of a capped step's first tokens are those of ``summarize``."""
+    roofline = roofline_of(name)
+    decode = roofline.summarize(Batch([1, 1], [50, 20_000]))
+    queries, contexts = [5000, 12_000, 100], [3000, 9000, 0]
+    sizes = np.array([700, 5000, 9300, 17_050])
+    ms, tokens, _ = roofline.capped_ms(decode, queries, contexts, sizes)
+    assert tokens.tolist() == sizes.tolist()
+    for size, found in zip(sizes.tolist(), ms, strict=True):
+        taken = np.clip(size - np.cumsum([0, *queries[:-1]]), 0, queries)
+        first = [(int(q), c) for q, c in zip(taken, contexts, strict=True) if q]
+        mixed = decode + roofline.summarize(Batch(*zip(*first, strict=True)))
+        assert found == pytest.approx(float(roofline.step_ms(mixed, SMS)))
+
+
+def test_heads_that_differ_by_window_by_hand() -> None:
+    """Gemma 4 31B: 50 layers with a window and 16 KV heads of 256, 10 with 4 of 512."""
+    ops = by_name(roofline_of("gemma4-31b"), Batch([1, 1], [99, 4999]))
+    assert ops["window_qkv_proj"].flops == 50 * 2 * 2 * 5376 * (32 + 2 * 16) * 256
+    assert ops["qkv_proj"].flops == 10 * 2 * 2 * 5376 * (32 + 2 * 4) * 512
+    assert ops["o_proj"].flops == 10 * 2 * 2 * 32 * 512 * 5376
+    assert ops["norms"].bytes == (60 * 4 + 1) * 2 * 4 * 5376 * 2
+    # With experts beside the MLP, four more a layer, and the router's is one of them.
+    beside = by_name(roofline_of("gemma4-26b-a4b"), Batch([1], [0]))
+    assert beside["norms"].bytes == (30 * 8 + 1) * 4 * 2816 * 2
+    assert beside["gate_up"].flops == 30 * 2 * 2816 * 2 * 2112
+    assert beside["experts_sum"].bytes == 30 * 9 * 2816 * 2
+    query_and_output = 2 * 2 * 32 * 2
+    assert ops["attention_decode_window"].bytes == 50 * (
+        (100 + 1024) * 2 * 16 * 256 * 2 + query_and_output * 256
+    )
+    assert ops["attention_decode"].bytes == 10 * (
+        (100 + 5000) * 2 * 4 * 512 * 2 + query_and_output * 512
+    )
+
+
+def test_sparse_attention_by_hand() -> None:
+    """DeepSeek-V3.2: 2048 tokens of each context, and scores of 64 heads of 128 of all."""
+    ops = by_name(roofline_of("deepseek-v3.2"), Batch([3000, 1], [1000, 9999]))
+    pairs = sum(1000 + j for j in range(1, 3001))
+    chosen = sum(min(1000 + j, 2048) for j in range(1, 3001))
+    assert ops["attention_prefill"].flops == 61 * 2 * 128 * (576 + 512) * chosen
+    assert ops["attention_decode"].flops == 61 * 2 * 128 * (576 + 512) * 2048
+    assert ops["attention_decode"].bytes == 61 * (2048 * 576 * 2 + 128 * (576 + 512) * 2)
+    assert ops["index_prefill"].flops == 61 * 2 * 64 * 128 * pairs
+    assert ops["index_decode"].bytes == 61 * (10_000 * (132 + 4) + 64 * 128)
+    assert ops["index_choice"].bytes == 61 * 4 * (pairs + 10_000)
+    assert ops["index_k_proj"].flops == 61 * 2 * 3001 * 7168 * (128 + 64)
+    assert ops["absorb"].flops == 61 * 2 * 3001 * 128 * 512 * 256
+    assert "kv_b_proj" not in ops
+    # 16 heads of a rank are computed as 64.
+    eighth = by_name(roofline_of("deepseek-v3.2", 8), Batch([1], [9999]))
+    assert eighth["attention_decode"].flops == ops["attention_decode"].flops / 2
+
+
+def test_gated_delta_net_by_hand() -> None:
+    """Qwen3-Next: 36 layers of 32 heads with a state of 128 x 128 in 16 bits."""
+    ops = by_name(roofline_of("qwen3-next-80b-a3b"), Batch([1000, 1, 1], [0, 10, 100_000]))
+    assert ops["linear_in_proj"].flops == 36 * 2 * 1002 * 2048 * (2 * 2048 + 2 * 4096)
+    assert ops["linear_gates"].flops == 36 * 2 * 1002 * 2048 * 2 * 32
+    assert ops["linear_out_proj"].flops == 36 * 2 * 1002 * 4096 * 2048
+    state = 32 * 128 * 128 * 2
+    columns = 2 * 2048 + 4096
+    assert ops["linear_attention_decode"].bytes == 36 * 2 * (2 * state + (columns + 4096) * 2)
+    each = 6 * 128 * 128 + 2 * 64 * (3 * 128 + 2 * 128)
+    assert ops["linear_attention_prefill"].flops == 36 * 1000 * 32 * each
+    assert ops["linear_attention_prefill"].bytes == 36 * (1000 * (columns + 4096) * 2 + 2 * state)
+    moved = 4 * columns * 2 + 1002 * 2 * columns * 2 + 2 * 2 * 3 * columns * 2
+    assert ops["linear_conv"].bytes == 36 * moved
+    # Attention in the other 12, with queries as wide again for their gate.
+    assert ops["qkv_proj"].flops == 12 * 2 * 1002 * 2048 * (2 * 16 + 2 * 2) * 256
+    assert ops["attention_gate"].bytes == 12 * 1002 * 3 * 16 * 256 * 2
+    assert ops["shared_gate"].flops == 48 * 2 * 1002 * 2048
+
+
+def test_mamba2_and_experts_on_a_latent_by_hand() -> None:
+    """Nemotron 3 Super: 40 Mamba2 blocks, 40 of experts 1024 wide without a gate, 8 attentions."""
+    ops = by_name(roofline_of("nemotron-3-super"), Batch([512, 1], [0, 7]))
+    value, key = 128 * 64, 8 * 128
+    assert ops["linear_in_proj"].flops == 40 * 2 * 513 * 4096 * (2 * value + 2 * key + 128)
+    assert "linear_gates" not in ops
+    state = 128 * 64 * 128 * 4
+    assert ops["linear_attention_decode"].bytes == 40 * (2 * state + (2 * value + 2 * key) * 2)
+    each = 128 * (4 * 64 * 128 + 128 * 64) + 8 * 128 * 128
+    assert ops["linear_attention_prefill"].flops == 40 * 512 * each
+    assert ops["experts_act"].bytes == 40 * 513 * 22 * 2 * 2688 * 2
+    routed = 22 * 513 * 2 * 1024 * 2688
+    assert 40 * routed < ops["experts_up"].flops < 40 * (routed + 512 * 64 * 2 * 1024 * 2688)
+    assert ops["latent_in_proj"].flops == 40 * 2 * 513 * 4096 * 1024
+    assert ops["shared_up"].flops == ops["shared_down"].flops == 40 * 2 * 513 * 4096 * 5376
+    assert ops["norms"].bytes == 89 * 513 * 4 * 4096 * 2
+    assert "rope" not in ops
+    sums = by_name(roofline_of("nemotron-3-super", 2), Batch([512, 1], [0, 7]))["all_reduce"]
+    assert sums.bytes == 89 * 2 * 1 / 2 * 513 * 4096 * 2
+
+
+def test_mxfp4_experts_are_read_in_four_bits_and_multiplied_in_sixteen() -> None:
+    roofline = roofline_of("gpt-oss-120b")
+    batch = Batch([1], [0])
+    weights = 36 * 4 * 2880 * 2880 * (0.5 + 1 / 32)
+    activations = 36 * 4 * (2880 + 2880) * 2
+    assert by_name(roofline, batch)["experts_down"].bytes == pytest.approx(weights + activations)
+    dtypes = {op.name: op.dtype for op in roofline.operators}
+    assert dtypes["experts_down"] == dtypes["o_proj"] == "bfloat16"
 
 
 @pytest.mark.parametrize(("tokens", "touched"), [(1, 8.0), (2, 128 * (1 - (120 / 128) ** 2))])
@@ -424,11 +572,13 @@ def test_groups_that_do_not_fit() -> None:
         roofline_of("qwen3-8b").predict_pair(Batch([1], [0]), Batch([9], [0]), 64, 72)
 
 
-@pytest.mark.parametrize("config", [QWEN3_8B, GEMMA3_1B], ids=["full", "windowed"])
+@pytest.mark.parametrize(
+    "config", [QWEN3_8B, GEMMA3_1B, LLAMA4_SCOUT], ids=["full", "windowed", "chunked"]
+)
 def test_quick_summaries_equal_summarize(config: dict[str, Any]) -> None:
     roofline = Roofline(ModelShape.from_hf_config(config), GpuProfile.load("h100-sxm"))
-    contexts = [0, 5, 900, 4095, 20_000]
-    queries = [2, 300, 700, 9, 4000]
+    contexts = [0, 5, 900, 4095, 20_000, 8191]
+    queries = [2, 300, 700, 9, 4000, 30_000]
     pairs = [
         (roofline.decode_summary(contexts), Batch([1] * len(contexts), contexts)),
         (roofline.prefill_summary(queries, contexts), Batch(queries, contexts)),

@@ -17,10 +17,12 @@ from sim.harness import MODEL, NO_COSTS, QUIET, roofline, simulation  # noqa: E4
 
 from vllm_duet.measured import tables  # noqa: E402
 from vllm_duet.roofline import ExpertShape, LatentShape, ModelShape  # noqa: E402
+from vllm_duet.roofline.layer_shapes import LinearAttentionShape  # noqa: E402
 from vllm_duet.sim import measured  # noqa: E402
 from vllm_duet.sim.executor import GroundTruth  # noqa: E402
 from vllm_duet.sim.measured import (  # noqa: E402
     Attention,
+    GatedDelta,
     LatentAttention,
     MeasuredSteps,
     NotMeasuredError,
@@ -145,6 +147,34 @@ def test_ranks_share_the_work_and_sum_up(made_up_tables: None, tokens: int, unit
     expected += GATHER * half.vocab_size
     expected += half.num_layers * PREFILL * tokens**2
     assert steps.step_ms([], [tokens], [0]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_window_hides_what_is_before_it(made_up_tables: None) -> None:
+    windows, window = 10, 256
+    some = replace(SHAPE, sliding_window=window, num_window_layers=windows)
+    whole, hidden = MeasuredSteps(SHAPE, GPU), MeasuredSteps(some, GPU)
+    contexts = [99, 3000]
+    saved = whole.step_ms(contexts, [], []) - hidden.step_ms(contexts, [], [])
+    assert saved == pytest.approx(windows * DECODE * (3001 - window), rel=1e-2)
+    # No windowed prefill is in these tables: what is hidden is left out of the pairs.
+    query, context = 600, 100
+    pairs = query * (context + (query + 1) / 2)
+    seen = sum(min(context + j, window) for j in range(1, query + 1))
+    attention = PREFILL * (query + context) ** 2 / ((query + context) * (query + context + 1) / 2)
+    saved = whole.step_ms([], [query], [context]) - hidden.step_ms([], [query], [context])
+    assert saved == pytest.approx(windows * attention * (pairs - seen), rel=1e-2)
+
+
+def test_a_measured_window_is_met() -> None:
+    shape = replace(SHAPE, num_heads=64, head_dim=64)
+    attention = Attention(GPU, shape, 128)
+    table = tables.read(GPU, "context_attention")
+    at = (table.num_heads == 64) & (table.num_key_value_heads == 8) & (table.head_dim == 64)
+    at &= (table.window_size == 128) & (table.kv_cache_dtype == "bfloat16")
+    rows = table[at & (table.batch_size == 1)].set_index("isl").ms
+    for length in (1024, 8192, 16384):
+        assert attention.prefill_ms([length], [0]) == pytest.approx(rows[length], rel=0.02)
+    assert attention.decode_ms(8, 8 * 128) < Attention(GPU, shape, 0).decode_ms(8, 8 * 16384) / 3
 
 
 def test_experts_are_their_layers_of_the_table(made_up_tables: None) -> None:
@@ -321,6 +351,57 @@ def test_latent_attention_is_its_module() -> None:
         LatentAttention(GPU, replace(DEEPSEEK, hidden_size=4096), "fp8_block")
     with pytest.raises(NotMeasuredError, match="nvfp4"):
         LatentAttention(GPU, DEEPSEEK, "nvfp4")
+
+
+QWEN3_NEXT = replace(
+    SHAPE,
+    linear_attention=LinearAttentionShape(
+        "gated_delta", 27, 32, 16, 128, 128, conv_width=4, chunk_tokens=64, state_dtype="float32"
+    ),
+)
+
+
+def test_gated_delta_rule_is_its_kernels() -> None:
+    layer = GatedDelta(GPU, QWEN3_NEXT)
+    table = tables.read(GPU, "gdn")
+    table = table[(table.num_k_heads == 16) & (table.num_v_heads == 32) & (table.d_model == 2048)]
+    both = table.groupby(["phase", "batch_size", "seq_len"]).ms.sum()
+    for batch in (1, 16, 512):
+        measured_ms = both["generation", batch, 1]
+        for kv_tokens in (batch, 9000 * batch):
+            assert layer.decode_ms(batch, kv_tokens) == pytest.approx(measured_ms, rel=0.03)
+    for batch, length in ((1, 4096), (8, 1024)):
+        found = layer.prefill_ms([length] * batch, [0] * batch)
+        assert found == pytest.approx(both["context", batch, length], rel=0.03)
+        # A state is as large after a long prompt as after none.
+        assert layer.prefill_ms([length] * batch, [5000] * batch) == found
+    short = layer.prefill_ms([512, 2048], [0, 0])
+    assert layer.prefill_ms([512, 512], [0, 0]) < short < layer.prefill_ms([2048] * 2, [0, 0])
+    mamba = replace(QWEN3_NEXT.linear_attention, kind="mamba2")
+    with pytest.raises(NotMeasuredError, match="mamba2"):
+        GatedDelta(GPU, replace(QWEN3_NEXT, linear_attention=mamba))
+    wider = replace(QWEN3_NEXT.linear_attention, num_heads=33)
+    with pytest.raises(NotMeasuredError, match="num_v_heads 33"):
+        GatedDelta(GPU, replace(QWEN3_NEXT, linear_attention=wider))
+
+
+def test_a_step_with_linear_attention_has_its_layers() -> None:
+    shape = QWEN3_NEXT
+    steps, plain = MeasuredSteps(shape, GPU), MeasuredSteps(SHAPE, GPU)
+    layer, attention = GatedDelta(GPU, shape), Attention(GPU, SHAPE, 0)
+    contexts, layers = [4000] * 8, shape.linear_attention.num_layers
+    longer = [30_000] * 8
+    grown = steps.step_ms(longer, [], []) - steps.step_ms(contexts, [], [])
+    kv = attention.decode_ms(8, 8 * 30_001) - attention.decode_ms(8, 8 * 4001)
+    assert grown == pytest.approx((SHAPE.num_layers - layers) * kv)
+    assert plain.step_ms(longer, [], []) - plain.step_ms(contexts, [], []) == pytest.approx(
+        SHAPE.num_layers * kv
+    )
+    # Twice the recurrence is twice its kernels, and nothing else.
+    slower = MeasuredSteps(shape, GPU)
+    slower._attention.append((layers, layer, 0))
+    more = slower.step_ms(contexts, [700], [50]) - steps.step_ms(contexts, [700], [50])
+    assert more == pytest.approx(layers * (layer.decode_ms(8, 0) + layer.prefill_ms([700], [50])))
 
 
 # In the simulator

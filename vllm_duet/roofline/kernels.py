@@ -183,6 +183,7 @@ def capped_totals(
     prefills: IntArray,
     sizes: IntArray,
     window: int,
+    chunked: bool,
     num_experts: float,
     log_miss: float,
 ) -> FloatArray:
@@ -210,7 +211,14 @@ def capped_totals(
             features[_PREFILL_TOKENS, n] += q
             features[_PREFILL_PAIRS, n] += q * (c + (q + 1) / 2)
             features[_PREFILL_KV_TOKENS, n] += c + q
-            if window:
+            if window and chunked:
+                first = c % window
+                last = first + q
+                rest = last % window
+                pairs = last // window * (window * (window + 1) / 2) + rest * (rest + 1) / 2
+                features[_PREFILL_WINDOW_PAIRS, n] += pairs - first * (first + 1) / 2
+                features[_PREFILL_WINDOW_KV_TOKENS, n] += last
+            elif window:
                 a = min(max(window - c, 0), q)
                 features[_PREFILL_WINDOW_PAIRS, n] += a * (c + (a + 1) / 2) + (q - a) * window
                 features[_PREFILL_WINDOW_KV_TOKENS, n] += min(c + q, q + window - 1)

@@ -248,6 +248,7 @@ class Roofline:
         self._tables = (*self._compile(self.operators), by_sms)
         window = shape.sliding_window
         self._window = window if shape.num_window_layers else None
+        self._chunked = shape.chunked_window
         if shape.experts:
             experts = shape.experts
             miss = 1 - experts.experts_per_token / experts.num_experts
@@ -307,8 +308,10 @@ class Roofline:
         decode_kv = int(context.sum()) - c_sum + decodes
         decode_window_kv = window_pairs = window_kv = 0.0
         if self._window is not None:
-            seen = np.minimum(context[~is_prefill] + 1, self._window)
-            pairs_each, kv_each = _window_statistics(q, c, self._window)
+            before = context[~is_prefill]
+            seen = before % self._window + 1 if self._chunked else before + 1
+            seen = np.minimum(seen, self._window)
+            pairs_each, kv_each = _window_statistics(q, c, self._window, self._chunked)
             decode_window_kv = float(seen.sum())
             window_pairs, window_kv = float(pairs_each.sum()), float(kv_each.sum())
         if not prefills:
@@ -333,7 +336,9 @@ class Roofline:
         A scheduler asks for it at every step: sums of plain ints are faster than arrays.
         """
         count, window_kv = len(context_lens), 0
-        if self._window is not None:
+        if self._window is not None and self._chunked:
+            window_kv = sum(c % self._window + 1 for c in context_lens)
+        elif self._window is not None:
             window_kv = sum(min(c + 1, self._window) for c in context_lens)
         return BatchSummary(count, count, sum(context_lens) + count, window_kv)
 
@@ -346,7 +351,11 @@ class Roofline:
         for q, c in zip(query_lens, context_lens, strict=True):
             pairs += q * (c + (q + 1) / 2)
             kv_tokens += c + q
-            if self._window is not None:
+            if self._window is not None and self._chunked:
+                c %= self._window
+                window_pairs += _chunk_pairs(c + q, self._window) - c * (c + 1) / 2
+                window_kv_tokens += c + q
+            elif self._window is not None:
                 a = min(max(self._window - c, 0), q)  # as in _window_statistics
                 window_pairs += a * (c + (a + 1) / 2) + (q - a) * self._window
                 window_kv_tokens += min(c + q, q + self._window - 1)
@@ -375,7 +384,9 @@ class Roofline:
         window_pairs: FloatOrArray = 0.0
         window_kv: FloatOrArray = 0.0
         if self._window is not None:
-            window_pairs, window_kv = _window_statistics(chunk, context, self._window)
+            window_pairs, window_kv = _window_statistics(
+                chunk, context, self._window, self._chunked
+            )
             window_kv = window_kv * some
         return BatchSummary(
             num_sampled=some,
@@ -481,6 +492,7 @@ class Roofline:
             np.array([query_lens, context_lens]),
             sizes,
             self._window or 0,
+            self._chunked,
             self._num_experts,
             self._log_miss,
         )
@@ -625,17 +637,28 @@ def _lengths(name: str, given: Sequence[int] | IntArray) -> IntArray:
 
 
 def _window_statistics(
-    query: IntArray | FloatArray, context: IntArray | FloatArray, window: int
+    query: IntArray | FloatArray, context: IntArray | FloatArray, window: int, chunked: bool
 ) -> tuple[FloatArray, FloatArray]:
-    """(pairs, KV tokens) of each request under a sliding window of w tokens.
+    """(pairs, KV tokens) of each request under a window of w tokens.
 
-    Query j = 1..q sees min(c + j, w) keys: the first a = clip(w - c, 0, q) see all,
+    Sliding: query j = 1..q sees min(c + j, w) keys: the first a = clip(w - c, 0, q) see all,
     hence pairs = a (c + (a + 1)/2) + (q - a) w. Together they read the last
-    min(c + q, q + w - 1) tokens. Source: arithmetic.
+    min(c + q, q + w - 1) tokens. Chunked: query j sees the (c + j - 1) mod w + 1 keys since the
+    last multiple of w, and together they read q + c mod w. Source: arithmetic.
     """
+    if chunked:
+        start = context % window
+        pairs = _chunk_pairs(start + query, window) - start * (start + 1) / 2
+        return pairs, (start + query).astype(np.float64)
     a = np.clip(window - context, 0, query)
     pairs = a * (context + (a + 1) / 2) + (query - a) * window
     return pairs, np.minimum(context + query, query + window - 1).astype(np.float64)
+
+
+def _chunk_pairs(tokens: Any, window: int) -> Any:
+    """Pairs of the first ``tokens``, each with those of its chunk up to itself."""
+    rest = tokens % window
+    return tokens // window * (window * (window + 1) / 2) + rest * (rest + 1) / 2
 
 
 def _common_shape(values: _Values, *sms: npt.NDArray[np.int64]) -> tuple[int, ...]:

@@ -201,7 +201,7 @@ class SimulatedEngine:
 
     def _requests(self, trace: Sequence[TraceRequest]) -> Iterator[Request]:
         init_none_hash(sha256)
-        block_hasher = get_request_block_hasher(self.scheduler.block_size, sha256)
+        block_hasher = get_request_block_hasher(self.scheduler.hash_block_size, sha256)
         for i, (request, tokens) in enumerate(zip(trace, prompts(trace), strict=True)):
             yield Request(
                 request_id=f"r{i}",

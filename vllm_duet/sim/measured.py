@@ -23,9 +23,9 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from vllm_duet.measured.tables import NotMeasuredError, Table, read
-from vllm_duet.roofline.model_shape import LatentShape, ModelShape
+from vllm_duet.roofline import LatentShape, ModelShape
 
-__all__ = ["Attention", "MeasuredSteps", "NotMeasuredError"]
+__all__ = ["Attention", "GatedDelta", "LatentAttention", "MeasuredSteps", "NotMeasuredError"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -41,6 +41,7 @@ SPIKE = 1.4
 """How much slower than its neighbours a product has to be to count as a disturbed benchmark."""
 
 ONE_TILE_ROWS = 128
+"""Rows of a product that a kernel's tile holds."""
 
 BEYOND_CACHES = 5e8
 """Bytes of KV cache of which an L2 cache, of 40 to 126 MB, holds little."""
@@ -48,6 +49,9 @@ BEYOND_CACHES = 5e8
 EXPERT_LOAD = "power_law_1.01"
 """How tokens fall on experts, of the three ways that were measured: neither evenly nor, as with
 power_law_1.2, the most unevenly. An assumption."""
+
+EXPERT_DTYPES = {"mxfp4": "w4a16_mxfp4", "int4": "int4_wo"}
+"""What the table of experts calls weights that it has under another name."""
 
 LARGEST_STEP = 1 << 20
 """Tokens of the largest step that a curve knows."""
@@ -79,8 +83,18 @@ class MeasuredSteps:
         """
         self._gpu, self._shape, self._expert_parallel = gpu, shape, expert_parallel
         self._window = shape.sliding_window or 0
+        for present, what in (
+            (not shape.gated_mlp, "MLPs without a gate"),
+            (shape.indexer, "sparse attention"),
+            (shape.full_heads, "layers of different heads"),
+            (shape.chunked_window, "attention by chunks"),
+            (shape.experts and shape.experts.latent_size, "latent experts"),
+        ):
+            if present:
+                raise NotMeasuredError(f"no truth is made of tables for {what} yet")
         quantized = _table_dtype(shape.weight_dtype, block_fp8)
-        self._attention: list[tuple[int, Attention | LatentAttention, int]] = []
+        self._expert_dtype = _table_dtype(shape.expert_dtype, block_fp8)
+        self._attention: list[tuple[int, Attention | LatentAttention | GatedDelta, int]] = []
         for layers, window in (
             (shape.num_full_layers, 0),
             (shape.num_window_layers, self._window),
@@ -92,6 +106,8 @@ class MeasuredSteps:
                     else Attention(gpu, shape, window)
                 )
                 self._attention.append((layers, one, window))
+        if linear := shape.linear_attention:
+            self._attention.append((linear.num_layers, GatedDelta(gpu, shape), 0))
         bandwidth = _bytes_per_ms(gpu)
         tokens, rows = _token_grid(gpu), _token_grid(gpu)
         self._tokens_ms = _Curve(tokens, self._per_token(tokens, quantized, bandwidth))
@@ -136,8 +152,18 @@ class MeasuredSteps:
         # Elements that a kernel reads and writes for a token.
         small = [(layers * shape.norms_per_layer, 4.0 * hidden)]
         if not shape.latent:  # whose modules were measured with their projections
-            products += [(layers, q_width + 2 * kv_width, hidden), (layers, hidden, q_width)]
-            small += [(layers * (2 if shape.qk_norm else 1), 2.0 * (q_width + kv_width))]
+            attentions, gates = shape.num_attention_layers, int(shape.output_gate)
+            columns = (1 + gates) * q_width + 2 * kv_width
+            products += [(attentions, columns, hidden), (attentions, hidden, q_width)]
+            small += [(attentions * (2 if shape.qk_norm else 1), 2.0 * (q_width + kv_width))]
+            small += [(attentions * gates, 3.0 * q_width)]
+        if linear := shape.linear_attention:
+            value = shape.local_share(linear.num_heads) * linear.value_dim
+            products += [(linear.num_layers, shape.linear_attention_columns, hidden)]
+            products += [(linear.num_layers, hidden, value)]
+            # The gates' projection, and the norm of what comes out beside its gate.
+            gate = gemm_ms(self._gpu, "bfloat16", 2 * linear.num_heads, hidden, tokens)
+            small += [(linear.num_layers, 3.0 * value)]
         experts = shape.experts
         mlps = [(shape.num_dense_layers, shape.intermediate_size)]
         if experts and experts.shared_intermediate_size:
@@ -147,21 +173,21 @@ class MeasuredSteps:
                 width = shape.local_width(size)
                 products += [(repeats, 2 * width, hidden), (repeats, hidden, width)]
                 small += [(repeats, 3.0 * width)]
-        ms = np.zeros(tokens.size)
+        ms = linear.num_layers * gate if linear else np.zeros(tokens.size)
         for repeats, n, k in products:
-            ms += repeats * gemm_ms(self._gpu, dtype, n, k, tokens)
+            ms = ms + repeats * gemm_ms(self._gpu, dtype, n, k, tokens)
         for repeats, elements in small:
             moved = elements * shape.activation_bytes * tokens
             ms += repeats * (1e-3 * SMALL_KERNEL_US + moved / bandwidth)
         if experts:
             router = gemm_ms(self._gpu, "bfloat16", experts.num_experts, hidden, tokens)
-            ms += experts.num_layers * (router + self._experts_ms(dtype, tokens))
+            ms += experts.num_layers * (router + self._experts_ms(tokens))
         if shape.tensor_parallel_size > 1:
             summed = hidden * tokens
             ms += (2 * layers + 1) * all_reduce_ms(self._gpu, shape.tensor_parallel_size, summed)
         return ms
 
-    def _experts_ms(self, dtype: str, tokens: FloatArray) -> FloatArray:
+    def _experts_ms(self, tokens: FloatArray) -> FloatArray:
         """The routed experts of a layer: choosing, both products, activation and sum, in ms."""
         shape, experts, gpu = self._shape, self._shape.experts, self._gpu
         assert experts is not None
@@ -169,7 +195,7 @@ class MeasuredSteps:
         ranks = shape.tensor_parallel_size
         tp, ep = (1, ranks) if self._expert_parallel else (ranks, 1)
         for column, value in (
-            ("moe_dtype", dtype),
+            ("moe_dtype", EXPERT_DTYPES.get(self._expert_dtype, self._expert_dtype)),
             ("hidden_size", shape.hidden_size),
             ("inter_size", experts.intermediate_size),
             ("topk", experts.experts_per_token),
@@ -221,8 +247,8 @@ class Attention:
         kept = np.minimum(measured.y, self._measured_window or np.inf)
         moved = np.outer(measured.x, kept) * self.bytes_per_token
         # As fast as the memory is, or as an fp8 KV cache lets the kernel be.
-        rates = np.where(moved >= BEYOND_CACHES, moved / measured.z, np.nan)
-        bytes_per_ms = float(np.nanmax(rates))
+        large = moved >= BEYOND_CACHES
+        bytes_per_ms = np.nanmax((moved / measured.z)[large], initial=0.0) or _bytes_per_ms(gpu)
         # The benchmark reads one KV cache again and again, so that a small one comes from the L2
         # cache. A layer's comes from memory: it takes the floor and the bytes at least.
         floor = float(np.nanmin(measured.z))
@@ -272,9 +298,13 @@ class LatentAttention:
                 f"latent attention of {shape.architecture}'s sizes is not measured"
             )
         kv_dtype = "fp8" if shape.kv_dtype.startswith("fp8") else "bfloat16"
+        modules: tuple[tuple[Table, str], ...] = (
+            ("mla_context_module", "isl"),
+            ("mla_generation_module", "step"),
+        )
         surfaces = []
-        for name, length in (("mla_context_module", "isl"), ("mla_generation_module", "step")):
-            table = read(gpu, name)  # type: ignore[arg-type]
+        for name, length in modules:
+            table = read(gpu, name)
             for column, value in (
                 ("num_heads", shape.local_heads),
                 ("gemm_type", dtype),
@@ -302,6 +332,51 @@ class LatentAttention:
             before = self._prefill(count, c) if c else count * self._prefill(1, 1)
             ms += max(0.0, self._prefill(count, c + q) - before) / count
         return ms
+
+
+class GatedDelta:
+    """Convolution and recurrence of one layer of gated delta rule (Qwen3-Next) on one rank; its
+    projections are products as others are."""
+
+    def __init__(self, gpu: str, shape: ModelShape) -> None:
+        linear = shape.linear_attention
+        assert linear is not None
+        if linear.kind != "gated_delta":
+            raise NotMeasuredError(f"no {linear.kind} is measured")
+        table = read(gpu, "gdn")
+        for column, value in (
+            ("num_k_heads", shape.local_share(linear.num_key_heads)),
+            ("num_v_heads", shape.local_share(linear.num_heads)),
+            ("head_k_dim", linear.key_dim),
+            ("head_v_dim", linear.value_dim),
+            ("d_conv", linear.conv_width),
+        ):
+            table = table[table[column] == value]
+            if table.empty:
+                raise NotMeasuredError(
+                    f"no gated delta rule like {shape.architecture}'s is measured on {gpu}:"
+                    f" none with {column} {value}"
+                )
+        self._decode: list[_Curve] = []
+        self._prefill: list[_Surface] = []
+        for (phase, _), kernel in table.groupby(["phase", "kernel_source"]):
+            if phase == "context":
+                self._prefill.append(_Surface.of(kernel, "batch_size", "seq_len", 1.0))
+                self._prefill[-1].filled().logs()
+            else:
+                means = kernel.groupby("batch_size").ms.mean()
+                at = means.index.to_numpy(dtype=np.float64)
+                self._decode.append(_Curve(at, means.to_numpy(dtype=np.float64)))
+
+    def decode_ms(self, num_requests: int, _: float) -> float:
+        """A token for each request: its state, whatever came before."""
+        return sum(kernel(num_requests) for kernel in self._decode)
+
+    def prefill_ms(self, query_lens: Sequence[int], _: Sequence[int]) -> float:
+        """Prompts or chunks of them; among P of different lengths, each takes a P-th of what P
+        of its length do."""
+        count = len(query_lens)
+        return sum(kernel(count, q) for kernel in self._prefill for q in query_lens) / count
 
 
 def gemm_ms(gpu: str, dtype: str, n: int, k: int, rows: FloatArray) -> FloatArray:

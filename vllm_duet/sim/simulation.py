@@ -17,12 +17,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
 os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
-import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_duet.doctor import GPU_MEMORY_UTILIZATION
@@ -38,13 +37,13 @@ from vllm_duet.sim.engine import (
     SimulatedEngine,
 )
 from vllm_duet.sim.executor import Disturbances, GroundTruth, Interval, SimulatedGpu
+from vllm_duet.sim.kv_cache import BLOCK_SIZE, kv_cache_config, text_model
 from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster
 from vllm_duet.sim.traces import TraceRequest
 
 if TYPE_CHECKING:  # needs pandas
     from vllm_duet.sim.measured import MeasuredSteps
 
-BLOCK_SIZE = 16
 FIXED_BYTES = 1.0e9
 """CUDA context and graphs: an assumption."""
 
@@ -102,22 +101,14 @@ def scheduler_alone(
     scheduler_cls: type, config: VllmConfig, shape: ModelShape, **kwargs: Any
 ) -> Any:
     """A scheduler without an engine, with a KV cache of ``config``'s number of blocks."""
-    spec = FullAttentionSpec(
-        block_size=BLOCK_SIZE,
-        num_kv_heads=shape.num_kv_heads,
-        head_size=shape.head_dim,
-        dtype=torch.bfloat16,
-    )
-    kv_cache_config = KVCacheConfig(
-        num_blocks=config.cache_config.num_gpu_blocks,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-    )
+    cache = kv_cache_config(config, shape)
+    block_size, hash_block_size = resolve_kv_cache_block_sizes(cache, config)
     return scheduler_cls(
         config,
-        kv_cache_config=kv_cache_config,
+        kv_cache_config=cache,
         structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
+        hash_block_size=hash_block_size,
         log_stats=False,
         **kwargs,
     )
@@ -155,7 +146,7 @@ class Simulation:
         self.measured, self.truth = self._measured()
         self.kv_cache_tokens = self._kv_cache_tokens()
         self.max_model_len = min(
-            options.max_model_len or int(self._hf_config["max_position_embeddings"]),
+            options.max_model_len or int(text_model(self._hf_config)["max_position_embeddings"]),
             self.kv_cache_tokens,
         )
 
@@ -278,7 +269,7 @@ class Simulation:
 
     def _vllm_config(self, max_num_batched_tokens: int) -> VllmConfig:
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config.json").write_text(json.dumps(self._hf_config))
+            Path(folder, "config.json").write_text(json.dumps(text_model(self._hf_config)))
             config = EngineArgs(
                 model=folder,
                 skip_tokenizer_init=True,
@@ -288,6 +279,10 @@ class Simulation:
                 enable_prefix_caching=self.options.enable_prefix_caching,
                 additional_config={"duet": {"mode": "aggregated"}},
             ).create_engine_config()
+        if self.shape.latent:  # a CPU's vLLM has neither for latent attention, a GPU's has both
+            config.scheduler_config.enable_chunked_prefill = True
+            config.cache_config.enable_prefix_caching = True
+            config.scheduler_config.max_num_batched_tokens = max_num_batched_tokens
         config.cache_config.num_gpu_blocks = self.kv_cache_tokens // BLOCK_SIZE
         return config
 

@@ -33,6 +33,7 @@ from vllm_duet.roofline import (
 from vllm_duet.scheduler import DuetScheduler
 from vllm_duet.sim.engine import SimulatedClock
 from vllm_duet.step_times import StepTimes
+from vllm_duet.support import LIMITS, deciding_blockers
 
 PolicyFactory = Callable[[Roofline, PolicyLimits, StepTimeCorrection], Policy]
 
@@ -49,7 +50,7 @@ class System:
 
 
 class SimulatedDuetScheduler(DuetScheduler):
-    """DuetScheduler with a policy that is given, on a GPU that can be split."""
+    """DuetScheduler with a policy that is given, on a GPU that can be split if the model can."""
 
     def __init__(
         self,
@@ -60,10 +61,14 @@ class SimulatedDuetScheduler(DuetScheduler):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._blockers = []
+        self._blockers = [
+            limit.feature
+            for limit in LIMITS
+            if limit.about == "model" and limit.applies(self.vllm_config, self.kv_cache_config)
+        ]
         correction = StepTimeCorrection()
         self._step_times = StepTimes(correction, clock)
-        self._policy = policy(correction)
+        self._policy = None if deciding_blockers(self.vllm_config) else policy(correction)
         self._follows = follows
 
     def _plan_to_follow(self, prefill: InFlightPrefill) -> DuetPlan | None:
