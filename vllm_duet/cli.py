@@ -191,6 +191,12 @@ def simulate(
     tensor_parallel_size: Annotated[
         int, typer.Option(min=1, help="GPUs that share the model; one scheduler serves them.")
     ] = 1,
+    enable_expert_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--enable-expert-parallel", help="GPUs hold whole experts, not a part of each."
+        ),
+    ] = False,
     kv_cache_dtype: Annotated[
         str, typer.Option(help="auto, bfloat16, or fp8, as in vLLM.")
     ] = "auto",
@@ -248,6 +254,7 @@ def simulate(
         seed=seed,
         model_error=model_error,
         tensor_parallel_size=tensor_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
         kv_dtype=kv_cache_dtype,
         concurrency=concurrency,
         async_scheduling=async_scheduling,

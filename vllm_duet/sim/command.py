@@ -54,6 +54,7 @@ def simulate(
     head |= {
         "truth": simulation.truth,
         "tensor_parallel_size": options.tensor_parallel_size,
+        "enable_expert_parallel": options.enable_expert_parallel,
         "kv_dtype": simulation.shape.kv_dtype,
         "concurrency": options.concurrency,
         "prefixes": {"count": num_prefixes, "tokens": prefix_length} if prefix_length else None,

@@ -56,9 +56,10 @@ class SimulationError(ValueError):
 class Options:
     """What is simulated. ``model`` is a config.json or the folder that holds it.
 
-    ``weight_dtype`` and ``kv_dtype`` are as in ModelShape.from_hf_config. ``concurrency``:
-    a closed loop of as many clients, instead of the trace's arrivals. ``truth``: where the
-    GPU's times come from; "measured" is the roofline too where nothing was measured.
+    ``weight_dtype`` and ``kv_dtype`` are as in ModelShape.from_hf_config.
+    ``enable_expert_parallel`` is known to the measured truth alone. ``concurrency``: a closed
+    loop of as many clients, instead of the trace's arrivals. ``truth``: where the GPU's times
+    come from; "measured" is the roofline too where nothing was measured.
     """
 
     model: Path
