@@ -282,7 +282,7 @@ class Simulation:
             ).create_engine_config()
         if self.shape.latent:  # a CPU's vLLM has neither for latent attention, a GPU's has both
             config.scheduler_config.enable_chunked_prefill = True
-            config.cache_config.enable_prefix_caching = True
+            config.cache_config.enable_prefix_caching = self.options.enable_prefix_caching
             config.scheduler_config.max_num_batched_tokens = max_num_batched_tokens
         config.cache_config.num_gpu_blocks = self.kv_cache_tokens // BLOCK_SIZE
         return config
