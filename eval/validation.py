@@ -396,9 +396,9 @@ def write_page() -> str:
     judged = [row for row in rows if not row["saturated"]]
     lines = [TOP.format(**numbers(rows, serving))]
     lines += table(
-        ("rows", "measurements", "TTFT", "TPOT"),
+        ("rows", "measurements", "TTFT", "TPOT", "goal (15 %, 10 %)"),
         [
-            (name, str(len(some)), error(some, "ttft"), error(some, "tpot"))
+            (name, str(len(some)), error(some, "ttft"), error(some, "tpot"), goal(some))
             for name, some in (
                 ("all that are not saturated", judged),
                 ("of them, one half", of(judged, half="one")),
@@ -458,6 +458,11 @@ def error(rows: list[dict[str, Any]], of: str) -> str:
     if not rows:
         return ""
     return f"{mean_error(rows, of):.0%} ({np.median(errors(rows, of)):+.0%})"
+
+
+def goal(rows: list[dict[str, Any]]) -> str:
+    met = mean_error(rows, "ttft") <= 0.15, mean_error(rows, "tpot") <= 0.10
+    return ", ".join("met" if each else "missed" for each in met)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
