@@ -535,6 +535,8 @@ Where ours is far off, and why as far as is known:
 * TTFT of the gap analysis: as if three or four clients sent together, whatever their number, which
   nothing in a closed loop explains; its TPOT is met.
 * TTFT on a B200 is 15 % and 30 to 60 ms short at every number of ranks; its TPOT is not.
+* Saturated rows: profiles hold the memory of data sheets, and drivers report 5 to 9 GB more on
+  these GPUs, so that our KV cache is full sooner.
 * Prefill on one GPU is some 15 % short, where it is longest: a benchmark is over before the GPU has
   to lower its clocks.
 """
