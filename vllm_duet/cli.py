@@ -164,6 +164,9 @@ def simulate(
     tbt_slo_ms: Annotated[
         float, typer.Option(min=1e-3, help="The bound on the time between tokens.")
     ] = 100.0,
+    ttft_slo_ms: Annotated[
+        float, typer.Option(min=1e-3, help="The limit on TTFT of a good request.")
+    ] = 2000.0,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="vLLM's token budget.")] = 8192,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="vLLM's batch size.")] = 1024,
     max_model_len: Annotated[
@@ -193,6 +196,7 @@ def simulate(
         gpu=gpu,
         scheduler=scheduler,
         tbt_slo_ms=tbt_slo_ms,
+        ttft_slo_ms=ttft_slo_ms,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
@@ -288,6 +292,12 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
         f" {summary['output_throughput']:,.0f} tokens a second out,"
         f" {summary['tbt_within_slo']:.2%} of gaps within {summary['tbt_slo_ms']:g} ms,"
         f" {summary['preemptions']} preemptions"
+    )
+    console.print(
+        f"{summary['good_requests_share']:.2%} of requests good: TTFT within"
+        f" {summary['ttft_slo_ms']:g} ms, their own p99 gap within {summary['tbt_slo_ms']:g} ms and"
+        f" none beyond three times that; vllm bench's --goodput by mean TPOT:"
+        f" {summary['request_goodput']:.2f} requests/s"
     )
     console.print("Steps: " + ", ".join(f"{n} {mode}" for mode, n in steps.items()))
     console.print(f"Wrote {out}")

@@ -20,7 +20,6 @@ os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -30,7 +29,7 @@ from vllm_duet.policy import PolicyLimits
 from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
 from vllm_duet.sim.engine import CpuCosts, RequestRecord, SimulatedClock, SimulatedEngine
 from vllm_duet.sim.executor import Disturbances, GroundTruth, Interval, SimulatedGpu
-from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster
+from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster, system_named
 from vllm_duet.sim.traces import TraceRequest
 
 BLOCK_SIZE = 16
@@ -44,12 +43,16 @@ class SimulationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is simulated. ``model`` is a config.json or the folder that holds it."""
+    """What is simulated. ``model`` is a config.json or the folder that holds it.
+
+    ``ttft_slo_ms`` only says which requests are good: no scheduler is told of it.
+    """
 
     model: Path
     gpu: str = "h100-sxm"
     scheduler: str = "duet"
     tbt_slo_ms: float = 100.0
+    ttft_slo_ms: float = 2000.0
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 1024
     max_model_len: int | None = None
@@ -70,6 +73,11 @@ class Outcome:
     preemptions: int
     steps_by_mode: dict[str, int]
     num_gpus: int = 1
+
+    @property
+    def duration_s(self) -> float:
+        """From the start to the last token."""
+        return max(record.token_ms[-1] for record in self.records) / 1e3
 
 
 def scheduler_alone(
@@ -106,12 +114,13 @@ class Simulation:
     """
 
     def __init__(self, options: Options) -> None:
-        if options.scheduler not in SYSTEMS:
+        try:
+            self.system: System = system_named(options.scheduler)
+        except KeyError:
             raise SimulationError(
                 f"there is no scheduler {options.scheduler!r}: choose one of {', '.join(SYSTEMS)}"
-            )
+            ) from None
         self.options = options
-        self.system: System = SYSTEMS[options.scheduler]
         self.profile = GpuProfile.load(options.gpu)
         config_file = options.model / "config.json" if options.model.is_dir() else options.model
         self._hf_config: dict[str, Any] = json.loads(config_file.read_text())
@@ -163,33 +172,29 @@ class Simulation:
     ) -> Outcome:
         """Prefill on one GPU and decode on another, each with a stock engine.
 
-        The KV cache of a prompt travels over the link, and the second GPU then starts with
-        its second token. What the prefill GPU does depends on the second in no way. A
-        request that is preempted there gets its KV cache back for nothing.
+        As with vLLM's NixlConnector: when the first GPU has computed the whole prompt, its
+        KV cache travels, and the second GPU then computes the prompt's last token anew and
+        gives every token of the answer, the first too. Assumed: a link of the profile's
+        ``link_bytes_per_s`` that carries one prompt after another, none in part; no
+        cost of a proxy. What the prefill GPU does depends on the second in no way: blocks
+        that wait to be fetched take no room. A request that is preempted on the second
+        GPU gets its KV cache back for nothing.
         """
         first, second = self.engine(), self.engine(prefill_is_free=True)
-        prefilled = first.run([replace(r, output_length=1) for r in trace])
+        records = first.run([replace(r, output_length=1) for r in trace])
         kv_ms = 1e3 * self.shape.kv_bytes_per_token / self.profile.link_bytes_per_s
-        rows = [
-            (record.token_ms[0] + kv_ms * r.input_length, index, r)
-            for index, (record, r) in enumerate(zip(prefilled, trace, strict=True))
-            if r.output_length > 1
-        ]
-        for record, r in zip(prefilled, trace, strict=True):
-            if r.output_length == 1:
-                on_finished(record)
-        rows.sort(key=lambda row: row[:2])
-        moved = [
-            TraceRequest(at, r.input_length + 1, r.output_length - 1, r.hash_ids)
-            for at, _, r in rows
-        ]
-        for (_, index, r), decoded in zip(rows, second.run(moved), strict=True):
-            record = prefilled[index]
-            record.output_length = r.output_length
-            record.token_ms += decoded.token_ms
-            on_finished(record)
+        order = sorted(range(len(trace)), key=lambda i: records[i].token_ms[0])
+        moved, link_free_ms = [], 0.0
+        for i in order:
+            start_ms = max(link_free_ms, records[i].token_ms[0])
+            link_free_ms = start_ms + kv_ms * trace[i].input_length
+            moved.append(replace(trace[i], arrival_ms=link_free_ms))
+        for i, decoded in zip(order, second.run(moved), strict=True):
+            records[i].output_length = trace[i].output_length
+            records[i].token_ms = decoded.token_ms
+            on_finished(records[i])
         return Outcome(
-            prefilled,
+            records,
             [
                 *(replace(i, lane="prefill") for i in first.gpu.intervals),
                 *(replace(i, lane="decode") for i in second.gpu.intervals),
@@ -214,7 +219,7 @@ class Simulation:
             config = self._vllm_config(options.max_num_batched_tokens)
         scheduler: Any
         if self.system.policy is None:
-            scheduler = scheduler_alone(AsyncScheduler, config, self.shape)
+            scheduler = scheduler_alone(self.system.stock, config, self.shape)
         else:
             limits = PolicyLimits(tbt_slo_ms=options.tbt_slo_ms, max_lookahead=1 << 30)
             forecast = forecaster(
