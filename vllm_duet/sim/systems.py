@@ -217,10 +217,10 @@ def _prefill_cap(tokens: int = 512) -> System:
 
 def _prefill_interval(steps: int = 4) -> System:
     class PrefillAtIntervals(AsyncScheduler):
-        """Leaves prefill out of every step but each ``steps``-th, where there are decodes."""
+        """Beside decodes, prefill only at each ``steps``-th step (vLLM's pull request 56848)."""
 
         def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-            # vLLM's own throttling, which otherwise ends where prompts queue up.
+            # Else vLLM's own throttling ends as soon as prompts queue up.
             self.prefill_capacity_bound = False
             return super().schedule(throttle_prefills or self.current_step % steps != 0)
 
