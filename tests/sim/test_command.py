@@ -69,6 +69,21 @@ def test_the_files_agree(runs, trace):
         assert sum(event["ph"] == "X" for event in events) == len(steps)
 
 
+def test_the_limits_say_which_requests_are_good(trace, tmp_path):
+    shares = {}
+    for limit in ("0.001", "300", "100000"):
+        result = simulate(trace, tmp_path / limit, "--rate", "9", "--ttft-slo-ms", limit)
+        summary = json.loads((tmp_path / limit / "summary.json").read_text())
+        assert summary["ttft_slo_ms"] == float(limit)
+        shares[limit] = summary["good_requests_share"]
+        assert f"{shares[limit]:.2%} of requests good" in said(result)
+    requests = [json.loads(line) for line in (tmp_path / "300" / "requests.jsonl").open()]
+    assert max(b - a for r in requests for a, b in pairwise(r["token_ms"])) <= 100
+    in_time = sum(r["ttft_ms"] <= 300 for r in requests)
+    assert 0 < in_time < len(requests)
+    assert list(shares.values()) == [0.0, in_time / len(requests), 1.0]
+
+
 def test_the_same_command_gives_the_same_files(runs, trace, tmp_path):
     again = tmp_path / "again"
     assert simulate(trace, again, "--scheduler", "duet", "--rate", "9").exit_code == 0
