@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from vllm_duet.sim.results import version
 from vllm_duet.sim.traces import TraceRequest, at_rate, read_trace, synthetic
 
 HERE = Path(__file__).parent
@@ -167,7 +168,7 @@ def simulate(run: Run, traces: Path) -> dict[str, Any]:
 
 @functools.cache
 def fingerprint(decides: bool, workload: Workload) -> str:
-    """Stock runs pass neither the policy nor the other systems."""
+    """Stock runs pass neither the policy nor the other systems; all stand on the tables."""
     files = [*PACKAGE.glob("sim/**/*.py"), *PACKAGE.glob("roofline/**/*.py"), PACKAGE / "plan.py"]
     files += PACKAGE.glob("profiles/h100-sxm.yaml")
     files = [file for file in files if file.name != "command.py"]
@@ -175,7 +176,7 @@ def fingerprint(decides: bool, workload: Workload) -> str:
         files += [PACKAGE / name for name in ("policy.py", "scheduler.py", "step_times.py")]
     else:
         files = [file for file in files if file.name != "systems.py"]
-    digest = hashlib.sha256(repr(workload).encode())
+    digest = hashlib.sha256(repr((workload, version("aiconfigurator-core"))).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

