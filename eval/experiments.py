@@ -178,7 +178,7 @@ def sweep(traces: Traces) -> None:
     ]
     splits = goodputs(runs, searches)
     for workload, split in zip(TRACES, splits, strict=True):
-        rates = [round(best[workload].rate * share, 3) for share in (0.3, 0.6, 0.85, 1.0, 1.15)]
+        rates = [round(best[workload].run.rate * share, 3) for share in (0.3, 0.6, 0.85, 1.0, 1.15)]
         asked = [
             Run(workload, name, rate, budget, model_error=error)
             for rate in rates
