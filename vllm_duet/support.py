@@ -212,7 +212,9 @@ LIMITS = (
         "options",
         "SPLIT on a GPU needs the worker in the engine core's process: leave"
         " --distributed-executor-backend unset.",
-        lambda vllm, kv: _is_gpu(vllm) and _executor(vllm) not in (None, "uni"),
+        lambda vllm, kv: (
+            _is_gpu(vllm) and vllm.parallel_config.distributed_executor_backend not in (None, "uni")
+        ),
     ),
     Limit(
         "the CUDA lanes are not switched on",
@@ -225,10 +227,6 @@ LIMITS = (
 
 def _is_gpu(vllm_config: Any) -> bool:
     return bool(vllm_config.device_config.device_type != "cpu")
-
-
-def _executor(vllm_config: Any) -> Any:
-    return vllm_config.parallel_config.distributed_executor_backend
 
 
 def lane_sizes(vllm_config: Any) -> list[int]:

@@ -33,7 +33,7 @@ from vllm_duet.policy import decode_lanes
 from vllm_duet.support import LanesReport, lane_sizes, report_lanes, split_blockers
 from vllm_duet.worker.lane_graphs import LaneGraphs
 from vllm_duet.worker.lane_state import PrefillLaneState, prefill_workspace_lane
-from vllm_duet.worker.runner import DuetModelRunnerMixin
+from vllm_duet.worker.runner import DuetModelRunnerMixin, in_a_clause
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
 
@@ -142,10 +142,16 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
             self._refuse_marlin()
             self.lanes = self.lanes or self._make_lanes()
             torch.accelerator.empty_cache()
-            before = torch.cuda.memory_reserved(self.device)
+            before = self._cached_bytes()
             self._run_lanes(skip_attn=True)
-            # torch's allocator keeps freed memory for the stream that it was on.
-            self._activation_bytes = torch.cuda.memory_reserved(self.device) - before
+            # torch's allocator keeps freed memory for the stream that it was on. What is still
+            # in use, such as each lane's workspace of cuBLAS, vLLM's profile has seen.
+            self._activation_bytes = self._cached_bytes() - before
+
+    def _cached_bytes(self) -> int:
+        """What torch's allocator holds and nothing uses."""
+        reserved, used = torch.cuda.memory_reserved, torch.cuda.memory_allocated
+        return int(reserved(self.device) - used(self.device))
 
     def initialize_kv_cache(
         self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
@@ -284,11 +290,13 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         """Whatever goes wrong with the lanes in the block, vLLM starts without them."""
         try:
             yield
-        except (GreenContextError, LaneError, torch.OutOfMemoryError) as error:
+        except (GreenContextError, LaneError) as error:
             self.stay_whole(str(error).rstrip("."))
+        except torch.OutOfMemoryError as error:
+            self.stay_whole(f"the lanes find no room on the GPU: {in_a_clause(error)}")
         except Exception as error:
             logger.warning("vllm-duet: the lanes failed at start.", exc_info=error)
-            self.stay_whole(f"the lanes failed at start, {type(error).__name__}: {error}")
+            self.stay_whole(f"the lanes failed at start: {in_a_clause(error)}")
 
     def stay_whole(self, obstacle: str) -> None:
         """Give the lanes up, for the reason that the clause ``obstacle`` gives."""
