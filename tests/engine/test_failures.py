@@ -186,9 +186,7 @@ def test_an_error_that_shows_up_later_names_the_lanes(roomy, arrivals, monkeypat
 
 def test_a_device_that_does_not_go_on_stops_the_engine(roomy, arrivals, monkeypatch):
     monkeypatch.setattr(SerialLanePair, "is_usable", lambda self: False)
-    said = (
-        r"^A prefill of 115 tokens failed on its lane of 116 SMs, .*: CUDA out of memory, for 2"
-    )
+    said = r"^A prefill of 115 tokens failed on its lane of 116 SMs, .*: CUDA out of memory, for 2"
     try:
         with failing(roomy), pytest.raises(RuntimeError, match=said):
             serve(roomy, arrivals, "late", 2, mode="split")

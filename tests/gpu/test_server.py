@@ -17,10 +17,10 @@ import httpx
 import psutil
 import pytest
 from cpu_server import VllmServer, duet_options
-from gpu.model import make_model
 from gpu.process import environment
 from prometheus_client.parser import text_string_to_metric_families
 from streaming import Request, connect, make_request, stream
+from tiny_model import make_tiny_config
 
 NUM_CLIENTS = 32
 NUM_LEAVING = 16
@@ -133,7 +133,7 @@ async def visit(url: str, clients: list[Client]) -> list[int]:
 
 @pytest.mark.parametrize("names", [("split", "V1"), ("auto", "defaults")], ids="+".join)
 def test_clients_come_and_leave_and_ctrl_c_ends_it(names, tmp_path):
-    model = make_model(tmp_path / "model")
+    model = make_tiny_config(tmp_path / "model")
     with ExitStack() as stack:
         servers = [
             stack.enter_context(GpuServer(model, case.options, environment=case.variables))

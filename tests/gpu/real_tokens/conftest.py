@@ -11,9 +11,13 @@ import os
 import random
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from tiny_model import make_tiny_model
+
+if TYPE_CHECKING:
+    from engine.harness import Engine
 
 os.environ["OMP_NUM_THREADS"] = "1"  # kernels are tiny
 os.environ["TRITON_INTERPRET"] = "1"  # real_kernels.py runs Triton's kernels
@@ -28,8 +32,6 @@ DUET = {"cuda_lanes": True, "mode": "split", "decode_sms": list(DECODE_SMS)}
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from engine.harness import make_tiny_model
-
     folder = make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
     from fake_gpu import real_kernels
 
@@ -40,9 +42,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def llm_options() -> dict[str, Any]:
-    return dict(
+def make_engine(model: Path, make: type[Engine] | None = None, **settings: Any) -> Engine:
+    from engine.harness import Engine, make_llm
+
+    llm = make_llm(
+        model,
+        "vllm_duet.DuetScheduler",
         enforce_eager=False,
         compilation_config={
             "mode": 0,
@@ -51,55 +56,39 @@ def llm_options() -> dict[str, Any]:
             "custom_ops": ["none"],
         },
         additional_config={"duet": DUET},
+        **settings,
     )
+    return (make or Engine)(llm)
 
 
 @pytest.fixture(scope="session")
-def roomy(tiny_model, llm_options):
+def roomy(tiny_model):
     """Asynchronous scheduling, the default, first come first served, plenty of KV cache."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import ROOMY
 
-    return Engine(
-        make_llm(tiny_model, "vllm_duet.DuetScheduler", num_gpu_blocks_override=256, **llm_options)
-    )
+    return make_engine(tiny_model, **ROOMY)
 
 
 @pytest.fixture(scope="session")
-def cramped(tiny_model, llm_options):
+def cramped(tiny_model):
     """Priorities, and a KV cache that runs out."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import CRAMPED
 
-    llm = make_llm(
-        tiny_model,
-        "vllm_duet.DuetScheduler",
-        num_gpu_blocks_override=18,
-        max_model_len=512,
-        max_num_batched_tokens=128,
-        scheduling_policy="priority",
-        **llm_options,
-    )
-    return Engine(llm)
+    return make_engine(tiny_model, **CRAMPED)
 
 
 @pytest.fixture(scope="session")
-def full(tiny_model, llm_options):
+def full_cache(tiny_model):
     """A KV cache of eight blocks, which ``workloads.cache_filling`` fills."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import FULL_CACHE
 
-    llm = make_llm(
-        tiny_model,
-        "vllm_duet.DuetScheduler",
-        num_gpu_blocks_override=9,
-        max_model_len=224,
-        **llm_options,
-    )
-    return Engine(llm)
+    return make_engine(tiny_model, **FULL_CACHE)
 
 
 @pytest.fixture(scope="session")
-def zeroing(tiny_model, llm_options):
+def zeroing(tiny_model):
     """Zeroes new KV blocks, as vLLM does where layers of another kind share them."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import Engine
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     @contextmanager
@@ -114,25 +103,13 @@ def zeroing(tiny_model, llm_options):
                 return super().run(*args, **kwargs)
 
     with zeroed():
-        llm = make_llm(
-            tiny_model, "vllm_duet.DuetScheduler", num_gpu_blocks_override=128, **llm_options
-        )
-    return ZeroingEngine(llm)
+        return make_engine(tiny_model, ZeroingEngine, num_gpu_blocks_override=128)
 
 
 @pytest.fixture(scope="session")
-def synchronous(tiny_model, llm_options):
+def synchronous(tiny_model):
     """Without asynchronous scheduling."""
-    from engine.harness import Engine, make_llm
-
-    llm = make_llm(
-        tiny_model,
-        "vllm_duet.DuetScheduler",
-        num_gpu_blocks_override=64,
-        async_scheduling=False,
-        **llm_options,
-    )
-    return Engine(llm)
+    return make_engine(tiny_model, num_gpu_blocks_override=64, async_scheduling=False)
 
 
 @pytest.fixture(autouse=True)

@@ -163,7 +163,7 @@ MUTATIONS = {
         for name, where in WAITS.items()
     },
     "rule 1: blocks of an aborted prompt given away": Mutation(
-        arrivals=aborted_in_flight, engine="full", scheduler=GivesBlocksAway
+        arrivals=aborted_in_flight, engine="full_cache", scheduler=GivesBlocksAway
     ),
     "rule 2: input buffers shared": Mutation(sharing(share_input_buffers)),
     "rule 2: slot mappings shared": Mutation(sharing(share_slot_mappings)),
