@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from engine.scenarios import CountingScheduler
 from gpu.engines import SPLIT, clients, running
 from gpu.lane_trace import LaneTrace
 from gpu.process import on_fake_gpu, own_trace
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_duet.lanes.cuda import _Launched
 
@@ -32,13 +34,16 @@ def test_every_mode_and_what_each_lane_is_given(tmp_path):
             for slices in (False, True):
                 engine.runner.lanes._slices = slices
                 begin = len(own_trace())
+                CountingScheduler.seen.clear()
                 engine.serve(clients(seed, leaving=0.1), mode=mode, seed=seed)
-                runs.append((mode, engine.totals, begin, len(own_trace())))
+                alone = CountingScheduler.seen["launches without a decode"]
+                runs.append((mode, engine.totals, alone, begin, len(own_trace())))
     trace = LaneTrace.read(own_trace())
     assert trace.left_alive == set()
-    for mode, totals, begin, end in runs:
+    for mode, totals, alone, begin, end in runs:
         assert trace.faults(begin, end) == []
         assert totals.launched == totals.joined == trace.joins(begin, end)
+        assert totals.launched - alone == trace.beside(begin, end)
         layers = trace.layers(begin, end)
         assert layers["prefill"] == NUM_LAYERS * totals.launched
         assert layers["prepare"] == layers["other"] == 0
@@ -63,6 +68,23 @@ def test_a_decode_step_that_waits_for_a_prefill_would_be_noticed(tmp_path):
         faults = LaneTrace.read(own_trace()).faults(begin)
         assert faults
         assert all("decode, waits for" in fault and fault.endswith("prefill") for fault in faults)
+
+
+@on_fake_gpu(trace=True)
+def test_a_step_that_zeroes_blocks_comes_before_its_prefill(tmp_path):
+    zeroing = patch.object(KVCacheConfig, "needs_kv_cache_zeroing", True)
+    with zeroing, running(tmp_path) as engine:
+        begin = len(own_trace())
+        engine.serve(clients(7))
+        trace = LaneTrace.read(own_trace())
+        assert engine.totals.joined
+        assert trace.faults(begin) == [] and trace.beside(begin, sys.maxsize) == 0
+
+        begin = len(own_trace())
+        with patch("vllm_duet.worker.runner._touches_blocks", lambda output: False):
+            engine.serve(clients(7))
+        faults = LaneTrace.read(own_trace()).faults(begin)
+        assert faults and all("beside a step that zeroes KV blocks" in fault for fault in faults)
 
 
 @on_fake_gpu()
@@ -115,6 +137,24 @@ def test_steps_are_whole_after_three_failures(tmp_path):
         assert engine.totals.failed == 3
         assert engine.totals.launched <= 4  # one may have been behind the third
         assert "splits no more steps: 3 prefills have failed on their lane" in engine.log
+
+
+@on_fake_gpu()
+def test_the_end_gives_back_what_the_lanes_had(tmp_path):
+    def left(gpu):
+        return {what: gpu.count(what) for what in ("streams", "events", "graph_execs")}
+
+    # What vLLM leaves, and an event that torch's allocator keeps once it has needed one.
+    torch.empty(1, device="cuda").record_stream(torch.cuda.Stream())
+    torch.cuda.empty_cache()
+    with running(tmp_path, {}) as engine:
+        engine.serve(clients(8))
+    before = left(engine.gpu)
+    with running(tmp_path) as engine:
+        engine.serve(clients(8))
+        assert engine.totals.joined
+        assert all(left(engine.gpu)[what] > before[what] for what in before)
+    assert left(engine.gpu) == before
 
 
 @contextmanager
