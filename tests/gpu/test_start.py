@@ -103,5 +103,27 @@ def test_lanes_cover_every_decode_and_take_their_memory_from_the_kv_cache(tmp_pa
         assert given - lane_bytes < used <= given
 
 
+@on_fake_gpu()
+def test_what_a_lane_keeps_in_use_is_not_taken_from_the_kv_cache_twice(tmp_path):
+    """cuBLAS's workspaces, say: vLLM's profile sees them, too."""
+    stock, profiled = DuetModelRunner._run_lanes, []
+
+    def run_lanes(runner, *, skip_attn):
+        stock(runner, skip_attn=skip_attn)
+        lanes = runner.lanes
+        streams = *lanes.decode_streams.values(), *lanes._prefill_streams.values()
+        handles = {stream.cuda_stream for stream in streams}
+        if skip_attn:
+            segments = torch.cuda.memory_snapshot()
+            profiled.extend(s for s in segments if s["stream"] in handles)
+
+    with patch.object(DuetModelRunner, "_run_lanes", run_lanes), running(tmp_path) as engine:
+        total, in_use = (
+            sum(segment[size] for segment in profiled) for size in ("total_size", "allocated_size")
+        )
+        assert in_use > 0
+        assert engine.runner._activation_bytes == total - in_use
+
+
 def kv_cache_bytes(engine) -> int:
     return sum(tensor.size for tensor in engine.core.scheduler.kv_cache_config.kv_cache_tensors)
