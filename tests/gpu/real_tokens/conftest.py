@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,8 +126,9 @@ def kernels_raise():
 def time_passes(monkeypatch):
     """Who of the host's threads is ahead, and how far the device gets meanwhile, is drawn, too.
 
-    A prefill's thread may queue all of it before the engine's goes on; while the scheduler asks
-    whether a prefill is done, the device goes on for a while.
+    A prefill's thread may queue all of it before the engine's goes on, or nothing until the
+    engine's waits for it; while the scheduler asks whether a prefill is done, the device goes on
+    for a while.
     """
     from fake_gpu import FakeGpu
 
@@ -136,14 +138,34 @@ def time_passes(monkeypatch):
     stock_launch, stock_done = CudaLanePair.launch, _Launched.done
 
     def launch(self, prefill, prefill_sms):
-        launched = stock_launch(self, prefill, prefill_sms)
-        if rng.random() < 0.7:
+        may_begin = threading.Event()
+
+        def begins_late():
+            may_begin.wait()
+            return prefill()
+
+        launched = stock_launch(self, begins_late, prefill_sms)
+        launched.may_begin = may_begin
+        who = rng.choice(["ahead", "ahead", "at once", "behind"])
+        if who != "behind":
+            may_begin.set()
+        if who == "ahead":
             launched.wait_until_queued()
         return launched
 
     def done(self):
+        self.may_begin.set()
         gpu.advance(rng.choice([0, 10, 50]))
         return stock_done(self)
 
+    def beginning(method):
+        def run(self):
+            self.may_begin.set()
+            return method(self)
+
+        return run
+
     monkeypatch.setattr(CudaLanePair, "launch", launch)
     monkeypatch.setattr(_Launched, "done", done)
+    for name in ("wait_until_queued", "result"):
+        monkeypatch.setattr(_Launched, name, beginning(getattr(_Launched, name)))
