@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,17 @@ from unittest.mock import patch
 import pytest
 import torch
 from engine.scenarios import CountingScheduler
+from fake_gpu import FakeGpu
 from gpu.engines import SPLIT, clients, running
 from gpu.lane_trace import LaneTrace
 from gpu.process import on_fake_gpu, own_trace
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker import workspace
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_duet.lanes.cuda import _Launched
+from vllm_duet.plan import MAX_IN_FLIGHT
 
 NUM_LAYERS = 2
 DECODE_SMS, PREFILL_SMS = 64, 132 - 64
@@ -137,6 +143,55 @@ def test_steps_are_whole_after_three_failures(tmp_path):
         assert engine.totals.failed == 3
         assert engine.totals.launched <= 4  # one may have been behind the third
         assert "splits no more steps: 3 prefills have failed on their lane" in engine.log
+
+
+@on_fake_gpu()
+def test_a_prefill_has_a_workspace_of_its_own(tmp_path):
+    """So have its metadata builders, some of which reserve memory there."""
+    builders, forwards = [], set()
+    stock = AttentionGroup.create_metadata_builders
+
+    def create(group, *args, **kwargs):
+        builders.append(workspace._workspace_lane.get())
+        stock(group, *args, **kwargs)
+
+    with (
+        patch.object(AttentionGroup, "create_metadata_builders", create),
+        running(tmp_path) as engine,
+    ):
+        last = workspace.current_workspace_manager()._num_lanes - 1
+        assert last > engine.runner._draft_workspace_lane
+        assert 0 in builders and builders[-MAX_IN_FLIGHT:] == [last] * MAX_IN_FLIGHT
+        forward = engine.runner.model.forward
+
+        def watched(*args, **kwargs):
+            on_lane = threading.current_thread().name.startswith("duet-prefill")
+            forwards.add((on_lane, workspace._workspace_lane.get()))
+            return forward(*args, **kwargs)
+
+        with patch.object(engine.runner.model, "forward", watched):
+            engine.serve(clients(9))
+    assert forwards == {(True, last), (False, 0)}
+
+
+@on_fake_gpu(order="late:0")
+def test_nothing_is_left_to_run_when_an_engine_goes_to_sleep(tmp_path):
+    """vLLM gives the memory back that a prefill in flight works on."""
+    gpu, left = FakeGpu(), []
+
+    def sleep(worker, level=1):
+        (prefill, *_) = worker.model_runner._in_flight
+        left.append((prefill.in_flight.done(), gpu.count("queued")))
+
+    def sleep_once(step, scheduler):
+        if engine.runner._in_flight and not left:
+            assert gpu.count("queued")
+            engine.llm_engine.model_executor.driver_worker.worker.sleep()
+
+    with patch.object(Worker, "sleep", sleep), running(tmp_path) as engine:
+        engine.vllm_config.additional_config = {"duet": SPLIT}
+        engine.run(clients(9), CountingScheduler, sleep_once)
+    assert left == [(True, 0)]
 
 
 @on_fake_gpu()
