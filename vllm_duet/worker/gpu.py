@@ -106,6 +106,8 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         self.lane_graphs: dict[int, LaneGraphs] = {}
         """By the SM count of the decode lane; empty until captured."""
         self._activation_bytes = self._state_bytes = 0
+        self._workspace_bytes = 0
+        """Of cuBLAS, on one stream."""
 
     @property
     def lane_bytes(self) -> int:
@@ -142,11 +144,14 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
             self._refuse_marlin()
             self.lanes = self.lanes or self._make_lanes()
             torch.accelerator.empty_cache()
-            before = self._cached_bytes()
+            cached, used = self._cached_bytes(), torch.cuda.memory_allocated(self.device)
             self._run_lanes(skip_attn=True)
             # torch's allocator keeps freed memory for the stream that it was on. What is still
-            # in use, such as each lane's workspace of cuBLAS, vLLM's profile has seen.
-            self._activation_bytes = self._cached_bytes() - before
+            # in use, each lane's workspace of cuBLAS, vLLM's profile has seen.
+            self._activation_bytes = self._cached_bytes() - cached
+            used = torch.cuda.memory_allocated(self.device) - used
+            num_streams = len(self.lanes.decode_streams) + len(self.lanes.prefill_sms)
+            self._workspace_bytes = used // num_streams
 
     def _cached_bytes(self) -> int:
         """What torch's allocator holds and nothing uses."""
@@ -175,10 +180,13 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         estimate: int = super().profile_cudagraph_memory()
         sizes = self.compilation_config.cudagraph_capture_sizes
         if estimate and self.lanes is not None and sizes:
-            # In proportion to their number: those of mixed batches count too, and are
-            # larger, so this is rather too much.
-            graphs = len(self.lanes.decode_streams) * len(lane_sizes(self.vllm_config))
-            estimate += estimate * graphs // len(sizes)
+            # vLLM warms up for each capture on a stream of its own, where cuBLAS takes a
+            # workspace. The rest is in proportion to the number of graphs: those of mixed
+            # batches count too, and are larger, so this is rather too much.
+            captures = len(self.lanes.decode_streams)
+            graphs = captures * len(lane_sizes(self.vllm_config))
+            of_graphs = max(0, estimate - self._workspace_bytes)
+            estimate += captures * self._workspace_bytes + of_graphs * graphs // len(sizes)
         return estimate
 
     def capture_model(self, *, profile_only: bool = False) -> int:
