@@ -33,7 +33,7 @@ from fake_gpu import FakeGpu, real_kernels
 from fake_gpu.races import find_races
 from fake_gpu.trace import read_trace
 from gpu.real_tokens.conftest import DUET
-from gpu.real_tokens.test_real_tokens import compare_all, late, who_find_a_block_of_their_step
+from gpu.real_tokens.test_real_tokens import compare_all, late
 from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
@@ -291,17 +291,3 @@ def test_a_broken_rule_is_noticed(request, monkeypatch, tmp_path, name):
     if not found and name in UNNOTICED:
         pytest.xfail("not noticed")
     assert found
-
-
-def test_a_prompt_beside_the_decode_that_it_reads_from_is_noticed(roomy, monkeypatch):
-    """Rule 5 within one step."""
-    monkeypatch.setattr(DuetScheduler, "_reads_what_is_decoded", lambda *_: False)
-    for order in range(ORDERS):
-        for arrivals in who_find_a_block_of_their_step(roomy, order):
-            stock = roomy.run(arrivals, AsyncScheduler)
-            found = what_goes_wrong(roomy, arrivals, stock, order, CountingScheduler)
-            if found:
-                print(f"order {order}: {found}")
-                recover(roomy)
-                return
-    pytest.fail("not noticed")
