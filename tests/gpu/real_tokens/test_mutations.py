@@ -33,7 +33,7 @@ from fake_gpu import FakeGpu, real_kernels
 from fake_gpu.races import find_races
 from fake_gpu.trace import read_trace
 from gpu.real_tokens.conftest import DUET
-from gpu.real_tokens.test_real_tokens import compare_all, late
+from gpu.real_tokens.test_real_tokens import compare_all, late, who_find_a_block_of_their_step
 from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
@@ -291,3 +291,21 @@ def test_a_broken_rule_is_noticed(request, monkeypatch, tmp_path, name):
     if not found and name in UNNOTICED:
         pytest.xfail("not noticed")
     assert found
+
+
+def test_a_prompt_beside_the_decode_that_it_reads_from_is_noticed(
+    synchronous, monkeypatch, tmp_path
+):
+    """Rule 5 within one step. With asynchronous scheduling vLLM registers such a block later, when
+    it knows the tokens."""
+    monkeypatch.setattr(DuetScheduler, "_reads_what_is_decoded", lambda *_: False)
+    races = 0
+    for arrivals in who_find_a_block_of_their_step(synchronous, 0):
+        stock = synchronous.run(arrivals, AsyncScheduler)
+        with real_kernels.traced(tmp_path / "trace"):
+            found = what_goes_wrong(synchronous, arrivals, stock, 0, CountingScheduler)
+        if found:
+            recover(synchronous)
+            return
+        races += len(find_races(read_trace(tmp_path / "trace")).races)
+    assert races
