@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated experiments, one command each; results under eval/results/sim.
+"""The simulated experiments; results under eval/results/sim.
 
+    python eval/experiments.py all --traces FOLDER
     python eval/experiments.py goodput --traces FOLDER
     python eval/experiments.py sweep --traces FOLDER
     python eval/experiments.py ratios --traces FOLDER
@@ -8,8 +9,9 @@
     python eval/experiments.py tables        # into docs/evaluation.md
 
 FOLDER holds the public traces: azure-code-2023.csv and azure-conv-2023.csv
-(Azure/AzurePublicDataset), mooncake-conversation.jsonl (kvcache-ai/Mooncake). A run that is
-on disk and whose code has not changed is not run again. Each writes a JSON file and a plot.
+(Azure/AzurePublicDataset), mooncake-conversation.jsonl (kvcache-ai/Mooncake). Each writes a
+JSON file, ``sweep`` plots too, and ``all`` does all of it and fills the tables. A run that is on
+disk and whose code has not changed is not run again, so any of them can be stopped.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from runs import (
+    BOUNDS_MS,
     DEFAULT_BUDGET,
     HERE,
+    MANY,
+    MOST,
     RESULTS,
-    STOCK_BUDGETS,
     WORKLOADS,
+    Found,
     Run,
     Runs,
+    Search,
     goodputs,
 )
 
@@ -43,80 +49,162 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 Traces = Annotated[Path, typer.Option(exists=True, file_okay=False, help="The public traces.")]
 
 TRACES = ("azure-code", "azure-conv", "mooncake")
-TIGHT_BUDGETS = (256, 512, 1024, 2048, DEFAULT_BUDGET)
-"""Those worth a search where the bound is under 100 ms."""
+MAIN = (*TRACES, "4096/512")
+RATIOS = tuple(name for name, workload in WORKLOADS.items() if workload.file is None)
 MODEL_ERRORS = (0.0, 0.1, 0.2)
 TABLE_ERROR = 0.1
+SHORT = ("default", "split", "duet")
+
+# The static systems that are searched over: (scheduler, token budget).
+STATIC: dict[str, tuple[tuple[str, int], ...]] = {
+    "budget": tuple(("stock", budget) for budget in (2048, 1024, 512, 4096, 256, 16384, 8192)),
+    "split": (
+        *((f"fixed-split:{sms}", DEFAULT_BUDGET) for sms in (48, 64, 56, 40, 32, 80, 24)),
+        *((f"fixed-split:{sms}", 16384) for sms in (48, 64)),
+    ),
+    "cap": tuple((f"prefill-cap:{tokens}", DEFAULT_BUDGET) for tokens in (1024, 512, 2048, 256)),
+    "interval": tuple(
+        (f"prefill-interval:{steps}", budget) for budget in (1024, 2048) for steps in (2, 4)
+    ),
+}
+"""Likely ones first. No budget over 2048 keeps a bound under 100 ms."""
+
+
+@app.command("all")
+def everything(traces: Traces) -> None:
+    """Every experiment, and the tables."""
+    for command in (goodput, ratios, sweep, ablation):
+        command(traces)
+    tables()
+
+
+def _static(kind: str, workload: str, bound_ms: float) -> tuple[Run, ...]:
+    most = max(budget for _, budget in STATIC[kind])
+    if kind == "budget" and bound_ms < 100:
+        most = 2048
+    return tuple(
+        Run(workload, scheduler, budget=budget, tbt_slo_ms=bound_ms)
+        for scheduler, budget in STATIC[kind]
+        if budget <= most
+    )
+
+
+def _best_budgets(
+    runs: Runs, workloads: Sequence[str], bound_ms: float, guesses: dict[str, float] | None = None
+) -> dict[str, Found]:
+    """For each workload the best static budget, and its goodput."""
+    found = goodputs(
+        runs,
+        [
+            Search(_static("budget", name, bound_ms), guess=(guesses or {}).get(name))
+            for name in workloads
+        ],
+    )
+    return dict(zip(workloads, found, strict=True))
+
+
+def _told(workload: str, scheduler: str, bound_ms: float, error: float) -> tuple[Run]:
+    return (Run(workload, scheduler, tbt_slo_ms=bound_ms, model_error=error),)
+
+
+def _asked(workload: str, bound_ms: float) -> list[tuple[str, tuple[Run, ...]]]:
+    """What is searched beside the best static budget, and what the tables call it."""
+    asked: list[tuple[str, tuple[Run, ...]]] = [
+        ("default", (Run(workload, "stock", tbt_slo_ms=bound_ms),)),
+        ("split", _static("split", workload, bound_ms)),
+        *(
+            ("duet", _told(workload, "duet", bound_ms, error))
+            for error in (MODEL_ERRORS if bound_ms > 25 else (TABLE_ERROR,))
+        ),
+    ]
+    if bound_ms > 25:
+        asked.append(("disaggregated", (Run(workload, "disaggregated", tbt_slo_ms=bound_ms),)))
+    if bound_ms == 100:
+        asked += [(kind, _static(kind, workload, bound_ms)) for kind in ("cap", "interval")]
+        asked.append(("paper", _told(workload, "paper", bound_ms, TABLE_ERROR)))
+    return asked
+
+
+Short = Annotated[bool, typer.Option(help="Some systems at two bounds: a fifth of the runs.")]
 
 
 @app.command()
-def goodput(traces: Traces) -> None:
-    """The highest rate within p99 TBT and TTFT limits: duet, and what it has to beat."""
+def goodput(traces: Traces, short: Short = False) -> None:
+    """The highest rate with good requests: duet, and what it has to beat."""
     runs, rows = Runs(traces), []
-    for bound in (100.0, 50.0, 25.0):
-        for workload in (*TRACES, "4096/512"):
-            budgets = STOCK_BUDGETS if bound == 100 else TIGHT_BUDGETS
-            stock = [Run(workload, "stock", 0, b, bound) for b in budgets]
-            duet = [Run(workload, "duet", 0, tbt_slo_ms=bound, model_error=e) for e in MODEL_ERRORS]
-            others = [
-                Run(workload, name, 0, tbt_slo_ms=bound, model_error=error)
-                for name, error in (
-                    *(("paper", error) for error in MODEL_ERRORS),
-                    ("fixed-split", 0.0),
-                    ("disaggregated", 0.0),
-                )
-                if bound == 100
+    guesses: dict[str, float] = {}
+    for bound in BOUNDS_MS[:2] if short else BOUNDS_MS:
+        best = _best_budgets(runs, MAIN, bound, guesses)
+        guesses = {name: found.rate or WORKLOADS[name].lowest for name, found in best.items()}
+        asked = [(name, *pair) for name in MAIN for pair in _asked(name, bound)]
+        if short:
+            asked = [
+                a for a in asked if a[1] in SHORT and a[2][0].model_error in (0.0, TABLE_ERROR)
             ]
-            asked = stock + duet + others
-            found = goodputs(runs, asked)
-            best = max(found[: len(stock)])
-            default = found[budgets.index(DEFAULT_BUDGET)]
-            rows += [
-                {
-                    "workload": workload,
-                    "tbt_slo_ms": bound,
-                    "ttft_slo_ms": WORKLOADS[workload].ttft_slo_ms,
-                    "system": run.label,
-                    "model_error": run.model_error,
-                    "goodput": rate,
-                    "over_default": rate / default if default else None,
-                    "over_best_static": rate / best if best else None,
-                }
-                for run, rate in zip(asked, found, strict=True)
-            ]
-            _write("goodput", rows)
+            asked = [a for a in asked if a[1] != "duet" or a[2][0].model_error]
+        found = goodputs(runs, [Search(runs_, guess=guesses[name]) for name, _, runs_ in asked])
+        kinds = [*((name, "budget") for name in MAIN), *((name, kind) for name, kind, _ in asked)]
+        at_most = [*best.values(), *found]
+        # Where 99 % found nothing, neither the order nor the rate says anything.
+        at_many: Sequence[Found | None] = [None] * len(at_most)
+        if not short:
+            at_many = goodputs(runs, [Search(f.others, MANY, f.rate or None) for f in at_most])
+        rows += [
+            _found_row(name, kind, one, many, best[name].rate)
+            for (name, kind), one, many in zip(kinds, at_most, at_many, strict=True)
+        ]
+        _write("goodput", rows)
     _print(
         rows,
-        ("workload", "tbt_slo_ms", "system", "model_error"),
-        ("goodput", "over_default", "over_best_static"),
+        ("workload", "tbt_slo_ms", "kind", "system", "model_error"),
+        ("goodput", "goodput_90", "request_goodput", "over_best_static"),
     )
+
+
+def _found_row(
+    workload: str, kind: str, most: Found, many: Found | None, best: float
+) -> dict[str, Any]:
+    return {
+        "workload": workload,
+        "tbt_slo_ms": most.run.tbt_slo_ms,
+        "ttft_slo_ms": WORKLOADS[workload].ttft_slo_ms,
+        "kind": kind,
+        "system": most.run.label,
+        "model_error": most.run.model_error,
+        "goodput": most.rate,
+        "goodput_90": many.rate if many else None,
+        "system_90": many.run.label if many else None,
+        # What vllm bench prints at the rate of goodput, which is the lowest where there is none.
+        "request_goodput": most.figures["request_goodput"],
+        "ttft_p99_ms": most.figures["ttft_ms"]["p99"],
+        "over_best_static": most.rate / best if best else None,
+    }
 
 
 @app.command()
 def sweep(traces: Traces) -> None:
-    """Throughput, TBT and TTFT against the rate, on the public traces."""
+    """Throughput, TBT, TTFT and good requests against the rate, on the public traces."""
     runs, rows = Runs(traces), []
-    shares = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15)
-    for workload in TRACES:
-        stock = [Run(workload, "stock", 0, b) for b in STOCK_BUDGETS]
-        found = goodputs(runs, stock)
-        best = STOCK_BUDGETS[max(range(len(stock)), key=lambda i: found[i])]
-        rates = [round(max(found) * share, 3) for share in shares]
+    best = _best_budgets(runs, TRACES, 100.0)
+    searches = [
+        Search(_static("split", name, 100.0), guess=best[name].rate or None) for name in TRACES
+    ]
+    splits = goodputs(runs, searches)
+    for workload, split in zip(TRACES, splits, strict=True):
+        rates = [round(best[workload].run.rate * share, 3) for share in (0.3, 0.6, 0.85, 1.0, 1.15)]
         asked = [
             Run(workload, name, rate, budget, model_error=error)
             for rate in rates
             for name, budget, error in (
                 ("stock", DEFAULT_BUDGET, 0.0),
-                ("stock", best, 0.0),
-                *(
-                    (name, DEFAULT_BUDGET, error)
-                    for name in ("duet", "paper")
-                    for error in MODEL_ERRORS
-                ),
-                ("fixed-split", DEFAULT_BUDGET, 0.0),
+                ("stock", best[workload].run.budget, 0.0),
+                (split.run.scheduler, split.run.budget, 0.0),
+                ("duet", DEFAULT_BUDGET, TABLE_ERROR),
+                ("paper", DEFAULT_BUDGET, TABLE_ERROR),
                 ("disaggregated", DEFAULT_BUDGET, 0.0),
             )
         ]
+        asked = list(dict.fromkeys(asked))
         rows += _rows(asked, runs.of(asked, workload))
         _write("sweep", rows)
     _plot_sweep(rows)
@@ -127,26 +215,31 @@ def sweep(traces: Traces) -> None:
 def ratios(traces: Traces) -> None:
     """Goodput by the ratio of prompt to answer, and with long contexts; bound 100 ms."""
     runs, rows = Runs(traces), []
-    names = [name for name, workload in WORKLOADS.items() if workload.file is None]
-    for name in names:
-        asked = [Run(name, "stock", 0, b) for b in (512, 1024, 2048, 4096, DEFAULT_BUDGET)]
-        static = len(asked)
-        asked += [Run(name, "duet", 0, model_error=error) for error in MODEL_ERRORS]
-        asked.append(Run(name, "paper", 0, model_error=TABLE_ERROR))
-        found = goodputs(runs, asked)
-        best = max(found[:static])
-        rows += [
-            {
-                "workload": name,
-                "system": run.label,
-                "model_error": run.model_error,
-                "goodput": rate,
-                "over_best_static": rate / best if best else None,
-            }
-            for run, rate in zip(asked, found, strict=True)
-        ]
-        _write("ratios", rows)
-    _print(rows, ("workload", "system"), ("goodput", "over_best_static"))
+    best = _best_budgets(runs, RATIOS, 100.0)
+    asked = [
+        (name, *pair)
+        for name in RATIOS
+        for pair in (
+            ("default", (Run(name, "stock"),)),
+            ("split", _static("split", name, 100.0)),
+            ("duet", _told(name, "duet", 100.0, TABLE_ERROR)),
+        )
+    ]
+    found = goodputs(runs, [Search(a[2], guess=best[a[0]].rate or None) for a in asked])
+    kinds = [*((name, "budget") for name in RATIOS), *((name, kind) for name, kind, _ in asked)]
+    rows = [
+        {
+            "workload": name,
+            "kind": kind,
+            "system": f.run.label,
+            "model_error": f.run.model_error,
+            "goodput": f.rate,
+            "over_best_static": f.rate / best[name].rate if best[name].rate else None,
+        }
+        for (name, kind), f in zip(kinds, [*best.values(), *found], strict=True)
+    ]
+    _write("ratios", rows)
+    _print(rows, ("workload", "kind", "system"), ("goodput", "over_best_static"))
 
 
 ABLATIONS = (
@@ -172,16 +265,9 @@ def ablation(traces: Traces) -> None:
     At the highest rate that the best static budget serves within the limits.
     """
     runs, rows = Runs(traces), []
-    for workload in (*TRACES, "4096/512"):
-        found = goodputs(runs, [Run(workload, "stock", 0, b) for b in STOCK_BUDGETS])
-        rate = round(max(found), 3)
-        best = STOCK_BUDGETS[max(range(len(found)), key=lambda i: found[i])]
-        asked = [Run(workload, "stock", rate, best)]
-        asked += [
-            Run(workload, name, rate, model_error=error)
-            for name in ABLATIONS
-            for error in MODEL_ERRORS
-        ]
+    for workload, best in _best_budgets(runs, MAIN, 100.0).items():
+        asked = [best.run]
+        asked += [Run(workload, name, best.run.rate, model_error=TABLE_ERROR) for name in ABLATIONS]
         rows += _rows(asked, runs.of(asked, workload))
         _write("ablation", rows)
     _print(rows, ("workload", "rate", "system"), FIGURES)
@@ -218,43 +304,46 @@ def _rate(value: float) -> str:
     return f"{value:.2f}" if value else "none"
 
 
+KINDS = {
+    "default": "stock, default budget",
+    "budget": "best static budget",
+    "split": "best static split",
+    "cap": "best prefill cap",
+    "interval": "best prefill interval",
+    "duet": "duet",
+    "paper": "paper, forecasts 10 % wrong",
+    "disaggregated": "disaggregated, per GPU",
+}
+
+
 def _goodput_table(rows: list[dict[str, Any]]) -> str:
-    found = {
-        (r["workload"], r["tbt_slo_ms"], r["system"], r["model_error"]): r["goodput"] for r in rows
-    }
+    """Of each workload and bound, a line for each system."""
     lines = []
-    for workload, bound in dict.fromkeys(key[:2] for key in found):
-        mine = {key[2:]: rate for key, rate in found.items() if key[:2] == (workload, bound)}
-        static = {name: rate for (name, _), rate in mine.items() if name.startswith("stock-")}
-        best = max(static, key=lambda name: static[name])
-        duet = [mine["duet", error] for error in MODEL_ERRORS]
-        over = [f"{duet[1] / rate:.2f}" if rate else "-" for rate in (static[best],)]
-        default = static[f"stock-{DEFAULT_BUDGET}"]
-        others = [
-            mine.get(key)
-            for key in (("paper", TABLE_ERROR), ("fixed-split", 0.0), ("disaggregated", 0.0))
-        ]
+    for row in sorted(rows, key=_place):
+        name = KINDS[row["kind"]]
+        if row["kind"] == "duet":
+            name += f", forecasts {row['model_error']:.0%} wrong"
+        over = row["over_best_static"]
         lines.append(
             [
-                workload,
-                f"{bound:g}",
-                _rate(default),
-                f"{_rate(static[best])} ({best.removeprefix('stock-')})",
-                *map(_rate, duet),
-                f"{duet[1] / default:.2f}" if default else "-",
-                *over,
-                *("" if rate is None else _rate(rate) for rate in others),
+                row["workload"],
+                f"{row['tbt_slo_ms']:g}",
+                name,
+                row["system"] if row["kind"] in STATIC else "",
+                _rate(row["goodput"]),
+                _rate(row["goodput_90"]) if row["goodput_90"] is not None else "",
+                f"{row['request_goodput']:.2f}" if row["goodput"] else "",
+                f"{over:.2f}" if over else "-",
             ]
         )
-    header = "workload, TBT bound ms, stock default, best static (budget), duet 0 %, duet 10 %,"
-    header += " duet 20 %, 10 % over default, 10 % over best, paper, fixed split, disaggregated"
+    header = "workload, TBT bound ms, system, which, goodput, at 90 %, vllm bench, over best budget"
     return _markdown(header.split(", "), lines)
 
 
-def _in_tables(row: dict[str, Any]) -> bool:
-    """Whether a page with one model error has the row: all of what does not forecast."""
-    forecasts = row["system"].startswith(("duet", "paper"))
-    return not forecasts or row["model_error"] == TABLE_ERROR
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    kinds = list(KINDS)
+    workload = MAIN.index(row["workload"])
+    return -row["tbt_slo_ms"], workload, kinds.index(row["kind"]), row["model_error"]
 
 
 def _sweep_table(rows: list[dict[str, Any]]) -> str:
@@ -262,42 +351,39 @@ def _sweep_table(rows: list[dict[str, Any]]) -> str:
         [
             row["workload"],
             f"{row['rate']:.2f}",
-            row["system"] + (f" {row['model_error']:.0%}" if row["system"] == "duet" else ""),
+            row["system"],
             *(f"{row[f]:,.0f}" for f in FIGURES[:3]),
             *(f"{row[f]:.1f}" for f in FIGURES[3:5]),
+            f"{row['good_requests_share']:.1%}",
+            f"{row['request_goodput']:.2f}",
             f"{row['split_share']:.0%}",
         ]
         for row in rows
-        if _in_tables(row)
     ]
     header = "workload, requests/s, system, tokens/s out, TTFT mean, TTFT p99, TBT mean, TBT p99,"
-    return _markdown((header + " time split").split(", "), lines)
+    return _markdown((header + " good, vllm bench, time split").split(", "), lines)
 
 
 def _ratios_table(rows: list[dict[str, Any]]) -> str:
-    found = {(r["workload"], r["system"], r["model_error"]): r["goodput"] for r in rows}
+    found = {(row["workload"], row["kind"]): row for row in rows}
     lines = []
-    for workload in dict.fromkeys(key[0] for key in found):
-        mine = {key[1:]: rate for key, rate in found.items() if key[0] == workload}
-        static = {name: rate for (name, _), rate in mine.items() if name.startswith("stock-")}
-        best = max(static, key=lambda name: static[name])
-        duet = [mine["duet", error] for error in MODEL_ERRORS]
-        ratio = f"{mine['duet', TABLE_ERROR] / static[best]:.2f}" if static[best] else "-"
-        budget = best.removeprefix("stock-")
-        default = _rate(static[f"stock-{DEFAULT_BUDGET}"])
+    for name in dict.fromkeys(row["workload"] for row in rows):
+        default, budget, split, duet = (
+            found[name, kind] for kind in ("default", "budget", "split", "duet")
+        )
+        over = duet["over_best_static"]
         lines.append(
             [
-                workload,
-                default,
-                f"{_rate(static[best])} ({budget})",
-                *map(_rate, duet),
-                ratio,
-                _rate(mine["paper", TABLE_ERROR]),
+                name,
+                _rate(default["goodput"]),
+                f"{_rate(budget['goodput'])} ({budget['system']})",
+                f"{_rate(split['goodput'])} ({split['system']})",
+                _rate(duet["goodput"]),
+                f"{over:.2f}" if over else "-",
             ]
         )
-    header = "in/out, stock default, best static (budget), duet 0 %, duet 10 %, duet 20 %,"
-    header += " 10 % over best, paper"
-    return _markdown(header.split(", "), lines)
+    header = "in/out, stock default, best static budget, best static split, duet 10 %,"
+    return _markdown((header + " duet over best budget").split(", "), lines)
 
 
 FIGURES = (
@@ -306,7 +392,8 @@ FIGURES = (
     "ttft_p99_ms",
     "tbt_mean_ms",
     "tbt_p99_ms",
-    "tbt_within_slo",
+    "good_requests_share",
+    "request_goodput",
     "split_share",
 )
 
@@ -324,7 +411,8 @@ def _rows(asked: Sequence[Run], figures: Sequence[dict[str, Any]]) -> list[dict[
             "ttft_p99_ms": f["ttft_ms"]["p99"],
             "tbt_mean_ms": f["tbt_ms"]["mean"],
             "tbt_p99_ms": f["tbt_ms"]["p99"],
-            "tbt_within_slo": f["tbt_within_slo"],
+            "good_requests_share": f["good_requests_share"],
+            "request_goodput": f["request_goodput"],
             "split_share": f["lane_utilization"]["decode"],
             "preemptions": f["preemptions"],
         }
@@ -336,7 +424,9 @@ def _write(name: str, rows: list[dict[str, Any]]) -> None:
     head = provenance(shlex.join(["python", "eval/experiments.py", *sys.argv[1:2]]))
     head |= {
         "model": "Qwen3-8B, bf16",
-        "gpu": "h100-sxm profile, not measured",
+        "gpu": "h100-sxm",
+        "good": "TTFT within its limit, own p99 gap within the bound, no gap beyond 3 times it",
+        "goodput": f"highest rate with {MOST:.0%} of requests good; goodput_90 with {MANY:.0%}",
         "requests": {name: workload.count for name, workload in WORKLOADS.items()},
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -354,7 +444,7 @@ def _plot_sweep(rows: list[dict[str, Any]]) -> None:
         ("ttft_p99_ms", "p99 TTFT, ms", "log"),
     )
     for workload in sorted({row["workload"] for row in rows}):
-        mine = [row for row in rows if row["workload"] == workload and _in_tables(row)]
+        mine = [row for row in rows if row["workload"] == workload]
         systems = list(dict.fromkeys(row["system"] for row in mine))
         figure = Figure(figsize=(20, 4), layout="constrained")
         for axes, (key, label, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):

@@ -211,6 +211,20 @@ def test_a_model_that_takes_images_is_not_split(tmp_path: Path):
     assert not obstacles[Mode.CAPPED]
 
 
+def test_a_model_with_linear_attention_is_not_split(tmp_path: Path):
+    linear = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 64, "value_head_dim": 64}
+    model = write_config(
+        tmp_path,
+        **LLAMA
+        | {f"linear_{key}": value for key, value in linear.items()}
+        | {"architectures": ["Qwen3_5ForCausalLM"], "head_dim": 64, "linear_conv_kernel_dim": 4},
+    )
+    diagnosis = Diagnosis.of(H100, model)
+    assert diagnosis.shape is not None and diagnosis.shape.linear_attention is not None
+    [obstacle] = diagnosis.obstacles[Mode.SPLIT]
+    assert obstacle == "State-space layers: SPLIT needs attention in every layer."
+
+
 @pytest.mark.parametrize("text", ["not JSON", "[]"])
 def test_a_config_that_cannot_be_read_is_said(tmp_path: Path, text: str):
     (tmp_path / "config.json").write_text(text)

@@ -40,6 +40,7 @@ def make_run(folder: Path, scheduler: str = "duet", rate: float = 4.0, **changes
         "scheduler": scheduler,
         "rate": rate,
         "tbt_slo_ms": 100.0,
+        "ttft_slo_ms": 2000.0,
         "max_num_batched_tokens": 8192,
         "max_num_seqs": 256,
         "seed": 0,
@@ -48,6 +49,8 @@ def make_run(folder: Path, scheduler: str = "duet", rate: float = 4.0, **changes
         "ttft_ms": {key: 10 * value for key, value in spread.items()},
         "tbt_ms": spread,
         "tbt_within_slo": 0.9876,
+        "good_requests_share": 0.9543,
+        "request_goodput": 3.21,
         "steps": STEPS,
         "preemptions": 7,
     }
@@ -84,6 +87,7 @@ def runs(tmp_path: Path) -> list[Path]:
     """Two schedulers at three rates; duet is the better one in everything but throughput."""
     slow = {"mean": 31.0, "p50": 21.0, "p99": 61.0}
     stock = {"output_throughput": 2345.0, "tbt_ms": slow, "tbt_within_slo": 0.9}
+    stock |= {"good_requests_share": 0.8, "request_goodput": 2.5}
     return [
         make_run(tmp_path / f"{name}-{rate}", name, rate, **changes)
         for name, changes in (("stock", stock), ("duet", {}))
@@ -142,10 +146,12 @@ def test_the_table_has_the_right_numbers(tmp_path):
     run = make_run(tmp_path / "run", model_error=0.1, max_num_batched_tokens=2048)
     page = Page([run], tmp_path / "report.html")
     expected = ["10%", "2,048", "1,234", "200", "180", "450", "20.0", "45.0", "98.76%"]
+    expected += ["95.4%", "3.21"]
     assert page.row("duet")[1:] == [*expected, "3", "2", "4", "50", "1", "7"]
     titles = page.row("scheduler")
     assert titles[3:7] == ["output tokens/s", "mean", "p50", "p99"]
-    assert titles[10:15] == ["aggregated", "capped", "split", "decode only", "prefill only"]
+    assert titles[10:12] == ["share", "vllm bench, /s"]
+    assert titles[12:17] == ["aggregated", "capped", "split", "decode only", "prefill only"]
 
 
 def test_the_best_of_a_load_is_marked(tmp_path, runs):
@@ -156,12 +162,15 @@ def test_the_best_of_a_load_is_marked(tmp_path, runs):
         ("duet", "mean", 7),
         ("duet", "p99", 8),
         ("duet", "within bound", 9),
+        ("duet", "share", 10),
+        ("duet", "vllm bench, /s", 11),
     }
     assert len(page.best) == 3 * len(marked), "at each of three rates"
 
 
 def test_runs_of_different_loads_are_not_compared(tmp_path):
     others = [{"gpu": "h200"}, {"rate": 5.0}, {"tbt_slo_ms": 50.0}, {"model": "qwen3-14b"}]
+    others.append({"ttft_slo_ms": 500.0})
     folders = [make_run(tmp_path / "run")]
     for number, other in enumerate(others):
         folders.append(make_run(tmp_path / str(number), output_throughput=9.0, **other))

@@ -12,7 +12,13 @@ import pytest
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_duet.support import LanesReport, report_lanes, reported_lanes, split_blockers
+from vllm_duet.support import (
+    LanesReport,
+    deciding_blockers,
+    report_lanes,
+    reported_lanes,
+    split_blockers,
+)
 
 MODEL = Path(__file__).parent.parent / "eval" / "models" / "qwen3-8b"
 H100 = "NVIDIA H100 80GB HBM3"
@@ -70,6 +76,10 @@ def decodes_in_pieces(config: Any) -> None:
     config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
+def caches_states(config: Any) -> None:
+    config.cache_config.mamba_cache_mode = "align"
+
+
 def is_not_switched_on(config: Any) -> None:
     config.additional_config = {}
 
@@ -80,6 +90,7 @@ def is_not_switched_on(config: Any) -> None:
         (prefetches, "weights offloaded by prefetch"),
         (has_a_worker_of_its_own, "a worker in a process of its own"),
         (decodes_in_pieces, "no full CUDA graphs of decode steps"),
+        (caches_states, "a prefix cache of state-space layers"),
         (is_not_switched_on, "the CUDA lanes are not switched on"),
     ],
 )
@@ -87,6 +98,8 @@ def test_one_thing_keeps_steps_whole(on_a_gpu, change: Callable[[Any], None], sa
     config = on_a_gpu()
     change(config)
     assert split_blockers(config, H100) == [said]
+    caps_too = change is caches_states
+    assert deciding_blockers(config) == ([said] if caps_too else [])
 
 
 def test_the_scheduler_is_told_what_became_of_the_lanes(on_a_gpu) -> None:

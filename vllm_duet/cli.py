@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_duet.doctor import Diagnosis, Machine
+from vllm_duet.roofline.hardware import MEASURED
 from vllm_duet.support import LIMITS
 from vllm_duet.version import __version__
+
+
+class Truth(Enum):
+    """Where the simulated GPU's times come from."""
+
+    MEASURED = "measured"
+    ROOFLINE = "roofline"
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -111,7 +121,7 @@ def _print(diagnosis: Diagnosis, console: Console) -> None:
             f" compute capability {major}.{minor}",
         )
     if profile:
-        origin = "measured" if profile.measured else "from data sheets, not measured"
+        origin = MEASURED[profile.measured]
         facts.add_row("GPU profile", f"{profile.name}, {profile.num_sms} SMs, {origin}")
     if shape:
         facts.add_row(
@@ -164,6 +174,9 @@ def simulate(
     tbt_slo_ms: Annotated[
         float, typer.Option(min=1e-3, help="The bound on the time between tokens.")
     ] = 100.0,
+    ttft_slo_ms: Annotated[
+        float, typer.Option(min=1e-3, help="The limit on TTFT of a good request.")
+    ] = 2000.0,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="vLLM's token budget.")] = 8192,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="vLLM's batch size.")] = 1024,
     max_model_len: Annotated[
@@ -174,8 +187,54 @@ def simulate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the forecast's error.")] = 0,
     model_error: Annotated[
-        float, typer.Option(min=0, max=1, help="How wrong the policy's forecasts are; 0.1 is 10 %.")
+        float,
+        typer.Option(
+            min=0, max=1, help="How wrong the policy's profile is, on top of its own; 0.1 is 10 %."
+        ),
     ] = 0.0,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="GPUs that share the model; one scheduler serves them.")
+    ] = 1,
+    enable_expert_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--enable-expert-parallel", help="GPUs hold whole experts, not a part of each."
+        ),
+    ] = False,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16, or fp8, as in vLLM.")
+    ] = "auto",
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="A closed loop of as many clients, as vllm bench serve --max-concurrency;"
+            " the trace's arrivals do not count then.",
+        ),
+    ] = None,
+    prefix_length: Annotated[
+        int, typer.Option(min=0, help="Tokens put before each prompt, the same for many.")
+    ] = 0,
+    num_prefixes: Annotated[
+        int, typer.Option(min=1, help="How many different prefixes; one is drawn for each.")
+    ] = 1,
+    frontend_ms: Annotated[
+        float, typer.Option(min=0, help="The API server's work for each request: HTTP, template.")
+    ] = 0.0,
+    tokenizer_us: Annotated[
+        float, typer.Option(min=0, help="The API server's work for each token of a prompt.")
+    ] = 0.0,
+    async_scheduling: Annotated[
+        bool,
+        typer.Option(
+            "--async-scheduling/--no-async-scheduling",
+            help="Without: stock as it was before vLLM 0.14.",
+        ),
+    ] = True,
+    truth: Annotated[
+        Truth,
+        typer.Option(help="Times of the GPU: measured operators where there are any, or not."),
+    ] = Truth.MEASURED,
     list_schedulers: Annotated[
         bool,
         typer.Option(
@@ -193,14 +252,23 @@ def simulate(
         gpu=gpu,
         scheduler=scheduler,
         tbt_slo_ms=tbt_slo_ms,
+        ttft_slo_ms=ttft_slo_ms,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         seed=seed,
         model_error=model_error,
+        tensor_parallel_size=tensor_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
+        kv_dtype=kv_cache_dtype,
+        concurrency=concurrency,
+        async_scheduling=async_scheduling,
+        truth=truth.value,
+        front_end=command.FrontEnd(frontend_ms, tokenizer_us),
     )
+    prefixes = prefix_length, num_prefixes
     try:
-        summary = command.simulate(options, trace, rate, num_requests, out)
+        summary = command.simulate(options, trace, rate, num_requests, out, prefixes)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     _print_summary(summary, out)
@@ -282,12 +350,22 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
         row = summary[key]
         table.add_row(name, *(f"{row[k]:,.1f}" for k in ("mean", "p50", "p90", "p99", "max")))
     console.print(table)
+    load = f"at {summary['rate']:.2f} a second"
+    if summary["concurrency"]:
+        load = f"from {summary['concurrency']} clients"
     console.print(
-        f"{summary['finished_requests']} requests at {summary['rate']:.2f} a second"
+        f"{summary['finished_requests']} requests {load}"
         f" ({summary['rejected_requests']} longer than the model takes),"
         f" {summary['output_throughput']:,.0f} tokens a second out,"
         f" {summary['tbt_within_slo']:.2%} of gaps within {summary['tbt_slo_ms']:g} ms,"
         f" {summary['preemptions']} preemptions"
     )
+    console.print(
+        f"{summary['good_requests_share']:.2%} of requests good: TTFT within"
+        f" {summary['ttft_slo_ms']:g} ms, their own p99 gap within {summary['tbt_slo_ms']:g} ms and"
+        f" none beyond three times that; vllm bench's --goodput by mean TPOT:"
+        f" {summary['request_goodput']:.2f} requests/s"
+    )
+    console.print(f"The GPU's times: {summary['truth']}", soft_wrap=True)
     console.print("Steps: " + ", ".join(f"{n} {mode}" for mode, n in steps.items()))
     console.print(f"Wrote {out}")

@@ -206,16 +206,17 @@ def _model(path: Path) -> tuple[ModelShape | None, str | None, tuple[str, ...]]:
         if not isinstance(config, dict):
             raise ValueError("its config is not a mapping")
         obstacles = _model_obstacles(config)
-        return ModelShape.from_hf_config(config), None, obstacles
+        shape = ModelShape.from_hf_config(config)
+        return shape, None, _model_obstacles(config, shape)
     except UnsupportedArchitectureError as error:
         return None, f"The model's steps cannot be forecast: {error}.", obstacles
     except ValueError as error:
         return None, f"The model's config cannot be used: {error}.", ()
 
 
-def _model_obstacles(config: Mapping[str, Any]) -> tuple[str, ...]:
-    # What a Hugging Face config shows of a ModelConfig. The rest (pooling, diffusion,
-    # state-space layers) goes with architectures that have no ModelShape.
+def _model_obstacles(config: Mapping[str, Any], shape: ModelShape | None = None) -> tuple[str, ...]:
+    # What a Hugging Face config shows of a ModelConfig. The rest (pooling, diffusion)
+    # goes with architectures that have no ModelShape.
     model_config = SimpleNamespace(
         supports_multimodal_inputs="vision_config" in config or "audio_config" in config,
         uses_mrope="mrope_section" in (config.get("rope_scaling") or {}),
@@ -224,10 +225,13 @@ def _model_obstacles(config: Mapping[str, Any]) -> tuple[str, ...]:
         is_diffusion=False,
     )
     vllm_config = SimpleNamespace(model_config=model_config)
+    kv_cache_config = SimpleNamespace(
+        has_mamba_layers=shape is not None and shape.linear_attention is not None
+    )
     return tuple(
         _obstacle(limit)
         for limit in LIMITS
-        if limit.about == "model" and limit.applies(vllm_config, None)
+        if limit.about == "model" and limit.applies(vllm_config, kv_cache_config)
     )
 
 

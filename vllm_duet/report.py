@@ -94,6 +94,7 @@ class Summary(_Part):
     scheduler: str
     rate: float
     tbt_slo_ms: float
+    ttft_slo_ms: float
     max_num_batched_tokens: int
     max_num_seqs: int
     seed: int
@@ -102,6 +103,8 @@ class Summary(_Part):
     ttft_ms: Spread
     tbt_ms: Spread
     tbt_within_slo: float
+    good_requests_share: float
+    request_goodput: float
     steps: StepCounts
     preemptions: int
 
@@ -131,9 +134,11 @@ class Setting(NamedTuple):
     model: str
     gpu: str
     tbt_slo_ms: float
+    ttft_slo_ms: float
 
     def __str__(self) -> str:
-        return f"{self.model} on {self.gpu}, bound {self.tbt_slo_ms:g} ms"
+        limits = f"bound {self.tbt_slo_ms:g} ms, TTFT within {self.ttft_slo_ms:g} ms"
+        return f"{self.model} on {self.gpu}, {limits}"
 
 
 class Load(NamedTuple):
@@ -166,7 +171,9 @@ class Run:
 
 
 def _load_of(summary: Summary) -> Load:
-    setting = Setting(summary.trace.name, summary.model, summary.gpu, summary.tbt_slo_ms)
+    setting = Setting(
+        summary.trace.name, summary.model, summary.gpu, summary.tbt_slo_ms, summary.ttft_slo_ms
+    )
     # Rates that read the same are the same.
     return Load(setting, float(f"{summary.rate:.4g}"))
 
@@ -190,6 +197,8 @@ COLUMNS = (
     Column("TBT, ms", "mean", lambda s: s.tbt_ms.mean, ",.1f", -1),
     Column("TBT, ms", "p99", lambda s: s.tbt_ms.p99, ",.1f", -1),
     Column("TBT, ms", "within bound", lambda s: s.tbt_within_slo, ".2%", 1),
+    Column("Good requests", "share", lambda s: s.good_requests_share, ".1%", 1),
+    Column("Good requests", "vllm bench, /s", lambda s: s.request_goodput, ",.2f", 1),
     Column("Steps", "aggregated", lambda s: s.steps.aggregated, ",d"),
     Column("Steps", "capped", lambda s: s.steps.capped, ",d"),
     Column("Steps", "split", lambda s: s.steps.split, ",d"),

@@ -201,6 +201,14 @@ LIMITS = (
         lambda vllm, kv: kv is not None and kv.has_mamba_layers,
     ),
     Limit(
+        "a prefix cache of state-space layers",
+        "options",
+        "SPLIT and CAPPED cut prompts anywhere, and vLLM caches states at whole blocks, so some"
+        " prompts would never start: --no-enable-prefix-caching.",
+        lambda vllm, kv: vllm.cache_config.mamba_cache_mode == "align",
+        caps_too=True,
+    ),
+    Limit(
         "no full CUDA graphs of decode steps",
         "options",
         "SPLIT on a GPU decodes by full CUDA graphs: no --enforce-eager, and a cudagraph_mode"
@@ -212,7 +220,9 @@ LIMITS = (
         "options",
         "SPLIT on a GPU needs the worker in the engine core's process: leave"
         " --distributed-executor-backend unset.",
-        lambda vllm, kv: _is_gpu(vllm) and _executor(vllm) not in (None, "uni"),
+        lambda vllm, kv: (
+            _is_gpu(vllm) and vllm.parallel_config.distributed_executor_backend not in (None, "uni")
+        ),
     ),
     Limit(
         "the CUDA lanes are not switched on",
@@ -225,10 +235,6 @@ LIMITS = (
 
 def _is_gpu(vllm_config: Any) -> bool:
     return bool(vllm_config.device_config.device_type != "cpu")
-
-
-def _executor(vllm_config: Any) -> Any:
-    return vllm_config.parallel_config.distributed_executor_backend
 
 
 def lane_sizes(vllm_config: Any) -> list[int]:

@@ -32,6 +32,7 @@ TRUTH = replace(
     compute_curve=((8, 0.07), (64, 0.55), (100, 0.85), (132, 1.0)),
     bandwidth_curve=((8, 0.12), (24, 0.4), (64, 0.9), (132, 1.0)),
     contention=1.6,
+    factors={},
 )
 """A GPU that differs from the shipped profile in everything that is fitted."""
 

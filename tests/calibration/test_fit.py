@@ -83,7 +83,7 @@ def test_the_file_loads_and_forecasts_as_the_gpu(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     write_profile(path, fitted())
     loaded = GpuProfile.load(path)
-    assert loaded.measured and loaded.device_names == ("NVIDIA H100 80GB HBM3",)
+    assert loaded.measured == "calibrated" and loaded.device_names == ("NVIDIA H100 80GB HBM3",)
     assert loaded.compute_curve[-1] == loaded.bandwidth_curve[-1] == (132, 1.0)
     batch = Batch([2048, *[1] * 40], [0, *[1500] * 40])
     for sms in (24, 64, 132):
@@ -110,7 +110,8 @@ def test_an_unknown_gpu_says_whose_numbers_it_has() -> None:
     ]
     found = fit(base, info, records, known=known).profile
     assert found.name == "nvidia-x1" and found.device_names == ("NVIDIA X1",)
-    assert found.sources["row_bytes_per_s"].startswith(f"taken over from {base.name}, the nearest")
+    taken_over = f"assumption: taken over from {base.name}, the nearest"
+    assert found.sources["row_bytes_per_s"].startswith(taken_over)
     assert found.peak_flops["bfloat16"] > base.peak_flops["bfloat16"]
     assert found.hbm_bytes_per_s > base.hbm_bytes_per_s and found.hbm_fraction == 1.0
 

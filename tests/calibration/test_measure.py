@@ -41,15 +41,18 @@ H100 = GpuProfile.load("h100-sxm")
 
 
 def test_a_layer_costs_what_the_roofline_says_of_a_models_layer() -> None:
+    """All but the copy of new K and V into their blocks, which our kernel does not make."""
+    formula = replace(H100, factors={})
     works = layer(64, PagedAttention(batch=64, context_len=1501))
-    prediction = Roofline(SHAPE, H100).predict(Batch([1] * 64, [1500] * 64), 132)
+    prediction = Roofline(SHAPE, formula).predict(Batch([1] * 64, [1500] * 64), 132)
     same = {"qkv_proj", "o_proj", "gate_up", "down", "attention_decode"}
     ours = [op for op in prediction.operators if op.name in same]
     expected = sum(op.ms for op in ours) / SHAPE.num_layers
-    assert predicted_ms(H100, works, 132) == pytest.approx(expected, rel=1e-9)
+    assert predicted_ms(formula, works, 132) == pytest.approx(expected, rel=2e-3)
     flops, moved = amounts(works)
     assert flops * SHAPE.num_layers == pytest.approx(sum(op.flops for op in ours))
-    assert moved * SHAPE.num_layers == pytest.approx(sum(op.bytes for op in ours))
+    copied = 64 * 2 * SHAPE.kv_bytes_per_token
+    assert moved * SHAPE.num_layers + copied == pytest.approx(sum(op.bytes for op in ours))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_all_groups_to_json_and_yaml(
     assert errors["slowdown beside each other, duet"]["count"] == 2 * 15
     assert len(results["duet"]["splits"]) == 15
     loaded = GpuProfile.load(profile)
-    assert loaded.measured and loaded.name == "mine"
+    assert loaded.measured == "calibrated" and loaded.name == "mine"
     assert loaded.contention == pytest.approx(1.6, abs=0.3)
     for shown in ("captured kernels stay", "weighted speedup", "operators held out"):
         assert shown in result.output
@@ -164,7 +164,7 @@ def test_calibrate_writes_a_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     result = calibrate("--out", str(out))
     assert result.exit_code == 0, result.output
     assert f"Wrote {out}" in result.output
-    assert GpuProfile.load(out).measured
+    assert GpuProfile.load(out).measured == "calibrated"
 
 
 def test_calibrate_stays_within_three_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from tiny_model import make_tiny_model
 
 # The engine core runs in the test's own process, so tests can step it.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -14,8 +15,6 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from engine.harness import make_tiny_model
-
     return make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
 
 
@@ -44,37 +43,27 @@ def async_scheduling() -> Callable[[], AbstractContextManager[None]]:
 @pytest.fixture(scope="session")
 def roomy(tiny_model):
     """The synchronous engine loop, first come first served, plenty of KV cache."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import ROOMY, Engine, make_llm
 
-    return Engine(make_llm(tiny_model, "vllm_duet.DuetScheduler", num_gpu_blocks_override=256))
+    return Engine(make_llm(tiny_model, "vllm_duet.DuetScheduler", **ROOMY))
 
 
 @pytest.fixture(scope="session")
 def cramped(tiny_model, async_scheduling):
     """The GPU's asynchronous loop, priorities, and a KV cache that runs out."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import CRAMPED, Engine, make_llm
 
     with async_scheduling():
-        llm = make_llm(
-            tiny_model,
-            "vllm_duet.DuetScheduler",
-            num_gpu_blocks_override=18,
-            max_model_len=512,
-            max_num_batched_tokens=128,
-            scheduling_policy="priority",
-        )
+        llm = make_llm(tiny_model, "vllm_duet.DuetScheduler", **CRAMPED)
     return Engine(llm)
 
 
 @pytest.fixture(scope="session")
 def full_cache(tiny_model):
     """A KV cache of eight blocks, which ``workloads.cache_filling`` fills."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import FULL_CACHE, Engine, make_llm
 
-    llm = make_llm(
-        tiny_model, "vllm_duet.DuetScheduler", num_gpu_blocks_override=9, max_model_len=224
-    )
-    return Engine(llm)
+    return Engine(make_llm(tiny_model, "vllm_duet.DuetScheduler", **FULL_CACHE))
 
 
 @pytest.fixture(scope="session")

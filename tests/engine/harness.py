@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -46,32 +45,21 @@ class Answer:
     aborted: bool = False
 
 
-def make_tiny_model(folder: Path, **overrides: Any) -> Path:
-    """A two-layer Qwen3 with random weights large enough that tokens depend on context."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    shape = dict(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=512,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        initializer_range=0.4,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(7)
-    model = Qwen3ForCausalLM(Qwen3Config(**(shape | overrides)))
-    model.float().save_pretrained(folder)
-    return folder
+ROOMY = dict(num_gpu_blocks_override=256)
+"""Engines, by what they have ``make_llm`` change: plenty of KV cache, first come first served."""
+CRAMPED = dict(
+    num_gpu_blocks_override=18,
+    max_model_len=512,
+    max_num_batched_tokens=128,
+    scheduling_policy="priority",
+)
+"""Priorities, and a KV cache that runs out."""
+FULL_CACHE = dict(num_gpu_blocks_override=9, max_model_len=224)
+"""A KV cache of eight blocks, which ``workloads.cache_filling`` fills."""
 
 
 def make_llm(model: Path, scheduler_cls: type | str, **overrides: Any) -> LLM:
-    """An engine in this process on the CPU, Model Runner V2 in Triton's interpreter.
+    """An engine in this process; on the CPU Model Runner V2 runs in Triton's interpreter.
 
     Keep it for the whole session: one that is garbage collected takes the process's
     distributed groups with it, which are every other engine's too.

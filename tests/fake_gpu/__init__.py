@@ -110,6 +110,8 @@ class FakeGpu:
         library.fakecuda_access.restype = None
         library.fakecuda_name.argtypes = [ctypes.c_char_p]
         library.fakecuda_name.restype = None
+        library.fakecuda_trace.argtypes = [ctypes.c_char_p]
+        library.fakecuda_trace.restype = None
         library.fakecuda_mark.argtypes = [ctypes.c_char_p]
         library.fakecuda_mark.restype = None
         library.cudaLaunchHostFunc.argtypes = [pointer, HOST_FUNCTION, pointer]
@@ -162,8 +164,12 @@ class FakeGpu:
         """A launch succeeds, and from when it runs every call returns ``error``."""
         self.library.fakecuda_break_device(group, error, skip)
 
+    def hold(self, group: int) -> None:
+        """Nothing runs on streams of ``group``, until ``no_faults``; who waits for one sleeps."""
+        self.library.fakecuda_hold(group)
+
     def no_faults(self) -> None:
-        """Nothing fails any more, and the device is whole."""
+        """Nothing fails or is held any more, and the device is whole."""
         self.library.fakecuda_no_faults()
 
     def order(self, seed: int | None) -> None:
@@ -180,6 +186,13 @@ class FakeGpu:
         For a process that runs with ``order`` late. What is queued should have run before.
         """
         self.library.fakecuda_seed(ctypes.c_ulong(seed))
+
+    def trace(self, path: Path | None) -> None:
+        """From now on trace into ``path``; None: as the option ``trace`` says.
+
+        Nothing may be queued.
+        """
+        self.library.fakecuda_trace(str(path).encode() if path else None)
 
     def mark(self, name: str) -> None:
         """Put a line of one's own into the trace: where warming up ends, say. No spaces."""

@@ -8,10 +8,11 @@ events, graphs or what the host waited for: vector clocks, one entry a stream (L
 Mattern 1989). It does not matter in which order they happened to run.
 
 What is seen: copies and fills; torch's elementwise kernels; Triton's, whose TTIR says which
-arguments are stored to and loaded from; host functions that say so (fakecuda_access). What is not:
-products, attention, indexing; how much of an argument a Triton kernel touches beyond its first
-element; nodes of one graph among themselves; host code's own accesses. All host threads count as
-one: what one of them waited for, all are taken to know.
+arguments are stored to and loaded from; host functions that say so (fakecuda_access). Kernels that
+compute (real_kernels.py) say so of each byte. What is not seen: of other kernels, products,
+attention, indexing, and how much of an argument a Triton kernel touches beyond its first element;
+nodes of one graph among themselves; host code's own accesses. All host threads count as one: what
+one of them waited for, all are taken to know.
 """
 
 from __future__ import annotations

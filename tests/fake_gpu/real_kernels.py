@@ -36,11 +36,16 @@ import functools
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fake_gpu import FakeGpu
 
 # ---------------------------------------------------------------- memory
 
@@ -69,13 +74,15 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 _device = threading.RLock()
 """One body runs at a time: Triton's interpreter keeps its state in globals."""
-_bodies: dict[int, Callable[[], None]] = {}
+_bodies: dict[int, tuple[str, Callable[[], None]]] = {}
 _ids = itertools.count(1)
 errors: list[BaseException] = []
 """What bodies raised: on a stream there is nobody to raise it to. See ``raise_errors``."""
 
 
-def _run(body: Callable[[], None]) -> None:
+def _run(name: str, body: Callable[[], None]) -> None:
+    if _declares:
+        _cuda.fakecuda_name(name.encode())
     try:
         with _device, torch._C._DisableTorchDispatch(), torch.inference_mode():
             body()
@@ -85,22 +92,78 @@ def _run(body: Callable[[], None]) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def _run_once(number: int) -> None:
-    _run(_bodies.pop(number))
+    _run(*_bodies.pop(number))
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def _run_in_graph(number: int) -> None:
-    _run(_bodies[number])
+    _run(*_bodies[number])
 
 
 _cuda = ctypes.CDLL(None)
+_cuda.fakecuda_name.argtypes = [ctypes.c_char_p]
+_cuda.fakecuda_access.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _cuda.cudaLaunchHostFunc.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
 
 
-def launch(body: Callable[[], None]) -> None:
+# ---------------------------------------------------------------- what bodies touch, for races.py
+
+_declares = False
+
+
+@contextmanager
+def traced(path: Path) -> Iterator[None]:
+    """Trace the block into ``path``, with every byte that bodies read and write."""
+    global _declares
+    gpu = FakeGpu()
+    torch.cuda.synchronize()
+    gpu.trace(path)
+    _declares = True
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()
+        _declares = False
+        gpu.trace(None)
+
+
+def _reads(*tensors: torch.Tensor) -> None:
+    _touches(tensors, False)
+
+
+def _writes(*tensors: torch.Tensor) -> None:
+    _touches(tensors, True)
+
+
+def _touches(tensors: Iterable[torch.Tensor], is_write: bool) -> None:
+    if not _declares:
+        return
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        # What is contiguous in the end is one interval, for each index of the dimensions before.
+        inner, outer = 1, list(zip(tensor.shape, tensor.stride(), strict=True))
+        outer = sorted((d for d in outer if d[0] > 1 and d[1]), key=lambda d: d[1])
+        while outer and outer[0][1] == inner:
+            inner *= outer.pop(0)[0]
+        steps = [range(0, size * stride, stride) for size, stride in outer]
+        for at in itertools.product(*steps):
+            begin = tensor.data_ptr() + sum(at) * tensor.itemsize
+            _cuda.fakecuda_access(begin, inner * tensor.itemsize, is_write)
+
+
+def _touches_addresses(addresses: Any, itemsize: int, is_write: bool) -> None:
+    if not _declares or not addresses.size:
+        return
+    ascending = np.unique(addresses)
+    for run in np.split(ascending, np.flatnonzero(np.diff(ascending) != itemsize) + 1):
+        _cuda.fakecuda_access(int(run[0]), len(run) * itemsize, is_write)
+
+
+def launch(name: str, body: Callable[[], None]) -> None:
     """Queue ``body`` on the current stream, or make it a node of the graph in capture."""
     number = next(_ids)
-    _bodies[number] = body
+    _bodies[number] = name, body
     run = _run_in_graph if torch.cuda.is_current_stream_capturing() else _run_once
     stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
     error = _cuda.cudaLaunchHostFunc(stream, ctypes.cast(run, ctypes.c_void_p), number)
@@ -122,7 +185,8 @@ def raise_errors() -> None:
 
 def flash_attention(
     q, k, v, out, cu_seqlens_q, seqused_k, page_table, softmax_scale, is_causal,
-    window_size_left, window_size_right, softcap, s_aux, **unused,
+    window_size_left, window_size_right, softcap, s_aux, scheduler_metadata=None,
+    **unused,
 ) -> None:  # fmt: skip
     """FlashAttention over a paged KV cache, request by request.
 
@@ -130,11 +194,14 @@ def flash_attention(
     head size], ``page_table`` [requests, blocks of a request].
     """
     assert softcap == 0 and s_aux is None, "attention sinks and soft caps are not computed"
+    _reads(*_tensors((cu_seqlens_q, seqused_k, page_table, scheduler_metadata)))
     for request, length in enumerate(seqused_k.tolist()):
         first, end = cu_seqlens_q[request].item(), cu_seqlens_q[request + 1].item()
         if first == end or length == 0:
             continue  # padding of a graph
         blocks = page_table[request, : -(-length // k.shape[1])].long()
+        _reads(q[first:end], *(cache[b] for cache in (k, v) for b in blocks.tolist()))
+        _writes(out[first:end])
         group = q.shape[1] // k.shape[2]
         keys = k[blocks].flatten(0, 1)[:length].double().repeat_interleave(group, dim=1)
         values = v[blocks].flatten(0, 1)[:length].double().repeat_interleave(group, dim=1)
@@ -158,12 +225,17 @@ def reshape_and_cache_flash(
     tokens = slot_mapping.ge(0).nonzero().flatten()
     slots, block_size = slot_mapping[tokens], key_cache.shape[1]
     blocks, offsets = slots // block_size, slots % block_size
+    at = list(zip(blocks.tolist(), offsets.tolist(), strict=True))
+    _reads(key, value, slot_mapping)
+    _writes(*(cache[slot] for cache in (key_cache, value_cache) for slot in at))
     key_cache[blocks, offsets] = key[tokens]
     value_cache[blocks, offsets] = value[tokens]
 
 
 def rms_norm(result, input, weight, epsilon) -> None:
     """x / sqrt(mean(x²) + epsilon) over the last dimension, times ``weight``."""
+    _reads(input, *([] if weight is None else [weight]))
+    _writes(result)
     x = input.double()
     x = x * (x.pow(2).mean(dim=-1, keepdim=True) + epsilon).rsqrt()
     result.copy_(x if weight is None else x * weight)
@@ -171,6 +243,7 @@ def rms_norm(result, input, weight, epsilon) -> None:
 
 def fused_add_rms_norm(input, residual, weight, epsilon) -> None:
     """``residual`` += ``input``, and its norm in the place of ``input``."""
+    _writes(residual)
     residual.add_(input)
     rms_norm(input, residual, weight, epsilon)
 
@@ -187,7 +260,8 @@ def _attention_schedule(call: Callable[..., Any], qkv_dtype, **arguments) -> tor
 
 
 class _Operator(NamedTuple):
-    """An operator with no CPU version: how its outputs come to be, and its body, if any."""
+    """An operator with no CPU version: how its outputs come to be, and its body, if it launches
+    anything. What it returns needs no body to say that it writes to it."""
 
     outputs: Callable[..., Any] = lambda call, **arguments: call(**arguments)
     body: Callable[..., None] | None = None
@@ -195,7 +269,7 @@ class _Operator(NamedTuple):
 
 OPERATORS = {
     "_vllm_fa3_C::fwd": _Operator(_attention_outputs, flash_attention),
-    "_vllm_fa3_C::get_scheduler_metadata": _Operator(_attention_schedule),
+    "_vllm_fa3_C::get_scheduler_metadata": _Operator(_attention_schedule, lambda **_: None),
     "_C_cache_ops::reshape_and_cache_flash": _Operator(body=reshape_and_cache_flash),
     "_C::rms_norm": _Operator(body=rms_norm),
     "_C::fused_add_rms_norm": _Operator(body=fused_add_rms_norm),
@@ -233,6 +307,8 @@ class _Kind(NamedTuple):
     is_view: bool
     is_composite: bool
     in_place: bool
+    written: list[str]
+    """The names of the arguments that are written to."""
 
 
 @functools.cache
@@ -245,6 +321,7 @@ def _kind(func: torch._ops.OpOverload) -> _Kind:
         func.is_view or (bool(returned) and all(r and not r.is_write for r in returned)),
         torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
         name.endswith("_") and len(returned) == 1 and bool(returned[0] and returned[0].is_write),
+        [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write],
     )
 
 
@@ -291,18 +368,36 @@ def _operator(func, kind: _Kind, args, kwargs) -> Any:
     if not fresh and not mutable:
         return result  # a view after all
     host_args, host_kwargs = _on_host((args, kwargs))
+    names = (argument.name for argument in func._schema.arguments)
+    named = dict(zip(names, host_args, strict=False)) | host_kwargs
+    written = list(_tensors([named.get(name) for name in kind.written]))
     in_float64 = kind.name in IN_FLOAT64 and not mutable
 
     def body() -> None:
         a, k = host_args, host_kwargs
+        if (rows := _rows(kind.name, a)) is not None:
+            _reads(*_tensors(a[1:]))
+            _writes(*(a[0][row] for row in rows.flatten().tolist()))
+        else:
+            _reads(*_tensors((a, k)))
+            _writes(*written, *(memory for _, memory in fresh))
         if in_float64:
             a, k = _map(_to_float64, a), _map(_to_float64, k)
         computed = list(_tensors(func(*a, **k)))
         for i, memory in fresh:
             memory.copy_(computed[i])
 
-    launch(body)
+    launch(kind.name, body)
     return result
+
+
+def _rows(operator: str, args: Sequence[Any]) -> torch.Tensor | None:
+    """The indices of the rows that an operator writes to, where it writes to some."""
+    if operator == "index_put_" and len(args[1]) == 1:
+        return args[1][0] if args[1][0].dtype != torch.bool else None
+    if operator in ("index_fill_", "index_copy_", "index_add_") and args[1] == 0:
+        return args[2]
+    return None
 
 
 def _own_operator(func, args, kwargs) -> Any:
@@ -316,7 +411,14 @@ def _own_operator(func, args, kwargs) -> Any:
     if operator.body is not None:
         if "out" in arguments:
             arguments["out"] = outputs[0]
-        launch(functools.partial(operator.body, **_map(on_host, arguments)))
+        body = functools.partial(operator.body, **_map(on_host, arguments))
+        written = list(_tensors(_map(on_host, outputs)))
+
+        def run() -> None:
+            _writes(*written)
+            body()
+
+        launch(func._schema.name, run)
     return outputs
 
 
@@ -341,11 +443,11 @@ def _as_plain_copy(func, args, kwargs) -> tuple[torch.Tensor, ...]:
     if len(args) == 1:
         dtype = kwargs.get("dtype") or args[0].dtype
         return (args[0].to(dtype).contiguous(),)
-    to, source = args[0], args[1]
+    to, source, *non_blocking = args
     source = source.to(to.dtype).expand_as(to).contiguous()
     if to.is_contiguous():
-        return to, source
-    to.copy_(source.to(to.device))
+        return to, source, *non_blocking
+    to.copy_(source.to(to.device, non_blocking=to.is_cuda and any(non_blocking)))
     return ()
 
 
@@ -426,12 +528,15 @@ def _launch_triton(self: Any, *args: Any, **kwargs: Any) -> None:
             builder.set_grid_idx(*program)
             self.fn(**values)
 
-    launch(body)
+    launch(self.fn.__name__, body)
 
 
 class _CheckedAccess:
-    """The interpreter's loads and stores, which would end the process at an address that is
-    nobody's. A GPU would say so: "an illegal memory access was encountered"."""
+    """The interpreter's loads and stores, told to races.py.
+
+    They would end the process at an address that is nobody's. A GPU would say so: "an illegal
+    memory access was encountered".
+    """
 
     def __init__(self, stock: Any) -> None:
         self._stock = stock
@@ -441,10 +546,12 @@ class _CheckedAccess:
 
     def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
         _check_addresses(pointers[mask])
+        _touches_addresses(pointers[mask], np.dtype(dtype).itemsize, False)
         return self._stock.load(pointers, mask, other, dtype)
 
     def store(self, pointers: Any, value: Any, mask: Any) -> Any:
         _check_addresses(pointers[mask])
+        _touches_addresses(pointers[mask], value.dtype.itemsize, True)
         return self._stock.store(pointers, value, mask)
 
 

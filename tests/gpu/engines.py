@@ -18,8 +18,8 @@ from engine.harness import Answer, Arrival, Engine, make_llm
 from engine.scenarios import CountingScheduler, assert_blocks_kept
 from engine.workloads import in_flight, tokens
 from fake_gpu import FakeGpu
-from gpu.model import make_model
 from gpu.watched_worker import OF_THE_CPU
+from tiny_model import make_tiny_config
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
@@ -107,7 +107,7 @@ def running(folder: str, duet: Mapping[str, Any] = SPLIT, **overrides: Any) -> I
         distributed_executor_backend=None,
         additional_config={"duet": dict(duet)},
     )
-    model = make_model(Path(folder) / "model", **overrides.pop("model", {}))
+    model = make_tiny_config(Path(folder) / "model", **overrides.pop("model", {}))
     with _log_kept_in(said), _all_tokens_the_same():
         llm = make_llm(model, "vllm_duet.DuetScheduler", **(settings | overrides))
         try:

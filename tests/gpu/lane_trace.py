@@ -8,6 +8,8 @@ What may be queued where, and who may wait for whom (the header of ``vllm_duet/l
 * A stream that is neither a lane, nor the caller's, nor the one to prepare on runs no kernel.
 * Only the caller's stream, at a join, and the next prefill wait for a prefill. A decode lane waits
   for the caller's stream and for the preparing one, so for a prefill only by way of its join.
+* A prefill does not wait for the decode step that it is launched beside, but for one that zeroes KV
+  blocks it does (rule 4).
 * The host does not wait for the whole device.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import re
 import sys
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,6 +37,7 @@ MAY_WAIT_FOR: dict[Role, set[Role]] = {
 }
 LAYER = "reshape_and_cache"
 """In the name of the kernel that writes a layer's keys and values: one a layer and forward."""
+ZEROES_BLOCKS = "zero_kv_blocks"
 FIELD = re.compile(r"(\w+)=(\S+)")
 
 
@@ -90,23 +94,35 @@ class LaneTrace:
         for stream, green in self.group.items():
             if green:
                 self.roles[stream] = "decode" if stream in self.captured_on else "prefill"
-        for item, recorded_on in self.waits():
-            if self.role(item.stream) == "prefill" and not self.group[recorded_on]:
-                self.roles.setdefault(recorded_on, "prepare")
+        for item, recorded in self.waits():
+            if self.role(item.stream) == "prefill" and not self.group[recorded.stream]:
+                self.roles.setdefault(recorded.stream, "prepare")
 
     def role(self, stream: int) -> Role:
         return self.roles.get(stream, "other")
 
-    def waits(self) -> list[tuple[Item, int]]:
-        """Each wait with the stream that its event was recorded on."""
-        found, recorded_on = [], {}
+    def waits(self) -> list[tuple[Item, Item]]:
+        """Each wait with the record that it is for, the last before it of the same event."""
+        found, recorded = [], {}
         for item in self.items:
             if item.kind == "R":
-                recorded_on[item.fields["event"]] = item.stream
+                recorded[item.fields["event"]] = item
             elif item.kind == "W":
-                # A wait is for the last record before it.
-                found.append((item, recorded_on[item.fields["event"]]))
+                found.append((item, recorded[item.fields["event"]]))
         return found
+
+    def forks(self) -> list[tuple[Item, list[Item]]]:
+        """Each time that a prefill is prepared, with what decode lanes were given since the point
+        that it waits for: the decode step that it runs beside, empty where it comes after it."""
+        return [
+            (item, [i for i in self._between(fork, item) if self.role(i.stream) == "decode"])
+            for item, fork in self.waits()
+            if self.role(item.stream) == "prepare"
+        ]
+
+    def _between(self, first: Item, last: Item) -> list[Item]:
+        begin, end = (bisect(self.items, i.line, key=lambda i: i.line) for i in (first, last))
+        return self.items[begin : end - 1]
 
     def faults(self, begin: int = 0, end: int | None = None) -> list[str]:
         """What is not as the header says, a sentence each, from line ``begin`` up to ``end``."""
@@ -115,14 +131,20 @@ class LaneTrace:
         for item in self.items:
             if item.line in lines:
                 faults += self._faults_of(item)
-        for item, recorded_on in self.waits():
-            if item.line not in lines or item.stream == recorded_on:
+        for item, recorded in self.waits():
+            if item.line not in lines or item.stream == recorded.stream:
                 continue
-            role, waits_for = self.role(item.stream), self.role(recorded_on)
+            role, waits_for = self.role(item.stream), self.role(recorded.stream)
             if waits_for not in MAY_WAIT_FOR[role]:
                 faults.append(
                     f"line {item.line}: stream {item.stream}, {role}, waits for stream"
-                    f" {recorded_on}, {waits_for}"
+                    f" {recorded.stream}, {waits_for}"
+                )
+        for item, decodes in self.forks():
+            zeroes = any(ZEROES_BLOCKS in decode.fields.get("name", "") for decode in decodes)
+            if item.line in lines and zeroes:
+                faults.append(
+                    f"line {item.line}: a prefill is prepared beside a step that zeroes KV blocks"
                 )
         for line, words in self.syncs:
             if line in lines and words == "device":
@@ -163,6 +185,13 @@ class LaneTrace:
         return sum(
             begin <= item.line < end
             and self.role(item.stream) == "caller"
-            and self.role(recorded_on) == "prefill"
-            for item, recorded_on in self.waits()
+            and self.role(recorded.stream) == "prefill"
+            for item, recorded in self.waits()
+        )
+
+    def beside(self, begin: int, end: int) -> int:
+        """How many prefills do not wait for the decode step that they were launched with."""
+        return sum(
+            begin <= item.line < end and any(decode.kind == "G" for decode in decodes)
+            for item, decodes in self.forks()
         )

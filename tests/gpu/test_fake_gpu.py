@@ -609,12 +609,42 @@ def test_launches_that_fail_and_a_device_that_breaks(on_fake_gpu):
     on_fake_gpu(_launch_faults)
 
 
+def _held() -> None:
+    cuda, log = Cuda(), []
+    group, rest = _split(cuda, 32)
+    streams = [_green_stream(cuda, sms)[1] for sms in (group, rest)]
+    cuda.gpu.hold(32)
+    for name, stream in zip(("held", "free"), streams, strict=True):
+        cuda.host(stream, lambda name=name: log.append(name))
+    cuda.sync(streams[1])
+    cuda.gpu.advance(10)
+    assert log == ["free"]
+    waiting = threading.Thread(target=cuda.sync, args=(streams[0],))
+    waiting.start()
+    cuda.gpu.no_faults()
+    waiting.join()
+    assert log == ["free", "held"]
+
+
+@pytest.mark.parametrize("order", [None, "late:0"])
+def test_nothing_runs_on_streams_that_are_held(on_fake_gpu, order):
+    on_fake_gpu(_held, order=order)
+
+
 def _faults_by_file(path: str) -> None:
     cuda = Cuda()
     cuda.malloc(1)
     Path(path).write_text("malloc 0 1\n")
     fails(2, cuda.malloc, 1)
     cuda.malloc(1)
+    log, stream = [], _green_stream(cuda, _split(cuda, 32)[0])[1]
+    Path(path).write_text("hold 32\n")
+    cuda.malloc(1)
+    cuda.host(stream, lambda: log.append("ran"))
+    assert log == []
+    Path(path).write_text("release\n")
+    cuda.sync(stream)
+    assert log == ["ran"]
 
 
 def test_faults_by_a_file(on_fake_gpu, tmp_path):

@@ -47,6 +47,7 @@ def test_what_is_right_has_no_faults():
     assert trace.roles == {0: "caller", 1: "prepare", 3: "decode", 4: "prefill"}
     assert trace.left_alive == {3, 4}
     assert trace.joins(0, 100) == 1 and trace.layers(0, 100) == {"prefill": 1}
+    assert trace.beside(0, 100) == 0  # what was prepared came before the step
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,28 @@ def test_what_is_right_has_no_faults():
 def test_what_is_wrong_is_noticed(wrong, fault):
     (found,) = LaneTrace.read([*STREAMS, *SERVED, wrong]).faults()
     assert fault in found
+
+
+def prepared(after_the_step: bool) -> list[str]:
+    """A decode step that zeroes blocks, and a prefill prepared beside it or after it."""
+    fork = [queue(0, "R", event="fork")]
+    step = [
+        queue(3, "K", name="_zero_kv_blocks_kernel"),
+        queue(3, "G", captured_on=3),
+        queue(3, "R", event="decoded"),
+        queue(0, "W", event="decoded"),
+    ]
+    launch = [queue(1, "W", event="fork"), queue(1, "K", name="prepare")]
+    return step + fork + launch if after_the_step else fork + step + launch
+
+
+def test_a_prefill_beside_a_step_that_zeroes_blocks_is_noticed():
+    trace = LaneTrace.read([*STREAMS, *SERVED, *prepared(after_the_step=True)])
+    assert trace.faults() == [] and trace.beside(0, 100) == 0
+    trace = LaneTrace.read([*STREAMS, *SERVED, *prepared(after_the_step=False)])
+    (found,) = trace.faults()
+    assert "prepared beside a step that zeroes KV blocks" in found
+    assert trace.beside(0, 100) == 1
 
 
 def test_streams_that_are_destroyed_are_not_left():

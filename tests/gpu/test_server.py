@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,10 @@ import httpx
 import psutil
 import pytest
 from cpu_server import VllmServer, duet_options
-from gpu.model import make_model
 from gpu.process import environment
 from prometheus_client.parser import text_string_to_metric_families
-from streaming import Request, connect, make_request, stream
+from streaming import Request, answer, connect, make_request, stream
+from tiny_model import make_tiny_config
 
 NUM_CLIENTS = 32
 NUM_LEAVING = 16
@@ -57,6 +58,16 @@ class GpuServer(VllmServer):
                 found[" ".join([sample.name, *kind])] = sample.value
         return found
 
+    def in_flight(self) -> int:
+        """Prefills that have been launched and have not joined."""
+        metrics = self.metrics()
+        launched = metrics["vllm_duet:prefills_launched_total"]
+        return int(launched - metrics["vllm_duet:prefills_joined_total"])
+
+    def fault(self, line: str) -> None:
+        """Arm a fault of the fake GPU, or disarm one: ``line`` is one of src/faults.c."""
+        Path(self._environment["FAKECUDA_FAULTS"]).write_text(f"{line}\n")
+
     def processes(self) -> list[psutil.Process]:
         """Those that run in its session, which it leads."""
         found = []
@@ -86,8 +97,10 @@ class Case:
 FEW = ["--max-num-seqs", "16", "--max-num-batched-tokens", "512"]
 """Fewer at once than there are clients."""
 FORCED = duet_options(mode="split", cuda_lanes=True, decode_sms=[16, 64])
+PREFILL_SMS = 132 - 16
+"""Of the lane that is used then."""
 CASES = {
-    "split": Case([*FEW, *FORCED], splits=True),
+    "split": Case([*FEW, *FORCED, "--enable-log-requests"], splits=True),
     "auto": Case(duet_options(cuda_lanes=True)),
     "V1": Case(
         [*FEW, *FORCED], "Model Runner V2 is off", variables={"VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -133,18 +146,62 @@ async def visit(url: str, clients: list[Client]) -> list[int]:
 
 @pytest.mark.parametrize("names", [("split", "V1"), ("auto", "defaults")], ids="+".join)
 def test_clients_come_and_leave_and_ctrl_c_ends_it(names, tmp_path):
-    model = make_model(tmp_path / "model")
+    model = make_tiny_config(tmp_path / "model")
     with ExitStack() as stack:
         servers = [
-            stack.enter_context(GpuServer(model, case.options, environment=case.variables))
-            for case in (CASES[name] for name in names)
+            stack.enter_context(
+                GpuServer(
+                    model,
+                    CASES[name].options,
+                    environment=CASES[name].variables
+                    | {"FAKECUDA_FAULTS": str(tmp_path / f"faults-{name}")},
+                )
+            )
+            for name in names
         ]
         for name, server in zip(names, servers, strict=True):
             server.wait_until_ready()
             check(CASES[name], server)
 
 
+async def leave_in_flight(server: GpuServer) -> None:
+    """A client leaves while its prefill is in flight, for certain: nothing runs on that lane.
+
+    Meanwhile another one goes on receiving tokens.
+    """
+    rng = random.Random(1)
+    received: list[int] = []
+
+    async def stay(http: httpx.AsyncClient) -> None:
+        async for tokens in stream(http, make_request(rng, 5, 2000)):
+            received.extend(tokens)
+
+    async with connect(server.url) as http, asyncio.TaskGroup() as clients:
+        staying = clients.create_task(stay(http))
+        await until(lambda: received)
+        server.fault(f"hold {PREFILL_SMS}")
+        leaving = clients.create_task(answer(http, make_request(rng, 400, 8)))
+        await until(lambda: server.in_flight() == 1)
+        leaving.cancel()
+        await until(lambda: " aborted." in server.log(10**6))
+        server.ask_worker("imported_of_the_cpu")  # by then the engine core has heard of it, too
+        so_far = len(received)
+        await until(lambda: len(received) > so_far + 8)
+        assert server.in_flight() == 1
+        server.fault("release")
+        await until(lambda: server.in_flight() == 0)
+        staying.cancel()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
 def check(case: Case, server: GpuServer) -> None:
+    if case.splits:
+        asyncio.run(leave_in_flight(server))
     clients = make_clients(0)
     given = asyncio.run(visit(server.url, clients))
     for client, num_tokens in zip(clients, given, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 import failing_lane
 import pytest
 from cpu_server import CpuServer, duet_options
+from tiny_model import make_tiny_model
 
 LIMITS = "--dtype float32 --max-model-len 1024 --max-num-batched-tokens 256 --max-num-seqs 16"
 HOLD_STEPS = 8
@@ -15,8 +16,6 @@ HOLD_STEPS = 8
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from engine.harness import make_tiny_model
-
     return make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm import LLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from engine.harness import make_tiny_model
+from tiny_model import make_tiny_model
 
 with tempfile.TemporaryDirectory() as folder:
     llm = LLM(

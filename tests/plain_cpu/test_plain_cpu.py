@@ -22,6 +22,7 @@ import yaml
 from cpu_server import VllmServer, duet_options
 from prometheus_client.parser import text_string_to_metric_families
 from streaming import Request, answers, connect, make_request
+from tiny_model import make_tiny_model
 
 import vllm_duet
 from vllm_duet.roofline import Batch, GpuProfile, ModelShape, Roofline
@@ -64,8 +65,6 @@ def slow_gpu(folder: Path) -> Path:
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, PlainServer]]:
     """Stock vLLM; vllm-duet with nothing but its scheduler; and with a forecast and a bound
     that a full budget of prompt tokens breaks."""
-    from engine.harness import make_tiny_model
-
     model = make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
     profile = slow_gpu(tmp_path_factory.mktemp("profile"))
     shape = ModelShape.from_hf_config(json.loads((model / "config.json").read_text()))

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from vllm_duet.roofline import GpuProfile, ProfileError
-from vllm_duet.roofline.hardware import _FOLDER
+from vllm_duet.roofline.hardware import FOLDER, MEASURED
 
-NAMES = ["a100-sxm-80g", "b200", "h100-pcie", "h100-sxm", "h200", "l40s"]
+NAMES = ["a100-sxm-80g", "b200", "b300", "h100-pcie", "h100-sxm", "h200", "l40s", "rtx-pro-6000"]
 
 
 def test_names() -> None:
@@ -19,7 +19,7 @@ def test_names() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_profiles(name: str) -> None:
     profile = GpuProfile.load(name)
-    assert profile.name == name and not profile.measured
+    assert profile.name == name and profile.measured in MEASURED
     assert profile.num_sms >= profile.min_sms >= profile.sm_granularity
     for curve in (profile.compute_fractions(), profile.bandwidth_fractions()):
         assert curve.shape == (profile.num_sms + 1,)
@@ -46,6 +46,8 @@ def test_bandwidth_saturates_long_before_compute() -> None:
         ("NVIDIA A100-SXM4-80GB", "a100-sxm-80g"),
         ("NVIDIA L40S", "l40s"),
         ("nvidia b200", "b200"),
+        ("NVIDIA B300 SXM6 AC", "b300"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000"),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA A100-SXM4-40GB", None),
         ("NVIDIA GeForce RTX 4090", None),
@@ -57,7 +59,7 @@ def test_detect(device_name: str, name: str | None) -> None:
 
 
 def _data() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((_FOLDER / "h100-sxm.yaml").read_text())
+    loaded: dict[str, Any] = yaml.safe_load((FOLDER / "h100-sxm.yaml").read_text())
     return loaded
 
 
@@ -96,7 +98,10 @@ def test_contention_is_read_with_its_source(tmp_path: Path, contention: float) -
         ({"hbm_bytes_per_s": "fast"}, "'hbm_bytes_per_s' must be a number of at least 0"),
         ({"hbm_bytes_per_s": 0}, "'hbm_bytes_per_s' must be above 0"),
         ({"gemm_fraction": 1.2}, "'gemm_fraction' must be at most 1, not 1.2"),
-        ({"measured": "yes"}, "'measured' must be true or false"),
+        (
+            {"measured": "yes"},
+            "'measured' must be one of calibrated, published, nothing, not 'yes'",
+        ),
         ({"contention": -1}, "'contention' must be a number of at least 0, not -1"),
         ({"peak_flops": 9}, "'peak_flops' must be a mapping of names to numbers, not 9"),
         ({"sources": {}}, "'sources' does not say where 'num_sms' comes from"),

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hf_configs import ALL, DEEPSEEK_V2_LITE, GEMMA3_1B, LLAMA3_8B, QWEN3_8B, QWEN3_30B_A3B
+from hf_configs import (
+    ALL,
+    DEEPSEEK_V2_LITE,
+    GEMMA3_1B,
+    LLAMA3_8B,
+    LLAMA4_SCOUT,
+    QWEN3_8B,
+    QWEN3_30B_A3B,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,12 +34,25 @@ from vllm_duet.roofline.kernels import step_times
 from vllm_duet.roofline.operators import FEATURES
 
 SMS = 132
+DENT = 0.01
 BATCHES = st.lists(
     st.tuples(st.one_of(st.just(1), st.integers(1, 5000)), st.integers(0, 30000)),
     min_size=1,
     max_size=12,
 ).map(lambda pairs: Batch([q for q, _ in pairs], [c for _, c in pairs]))
-MODELS = st.sampled_from(["qwen3-8b", "gemma3-1b", "qwen3-30b-a3b", "deepseek-v2-lite"])
+MODELS = st.sampled_from(
+    [
+        "qwen3-8b",
+        "gemma3-1b",
+        "qwen3-30b-a3b",
+        "deepseek-v2-lite",
+        "deepseek-v3.2",
+        "llama4-scout",
+        "qwen3-next-80b-a3b",
+        "gemma4-26b-a4b",
+        "nemotron-3-super",
+    ]
+)
 
 
 @cache
@@ -57,9 +78,11 @@ def test_dense_work_by_hand() -> None:
     pairs = sum(100 + j for j in range(1, 2049))
     assert ops["attention_prefill"].flops == layers * 4 * 32 * 128 * pairs
     kv = 4 * 8 * 128  # bytes of K and V of one token in one layer
-    assert ops["attention_prefill"].bytes == layers * (2148 * kv + 2048 * 2 * 32 * 128 * 2)
+    # Each new token's query, output, and K and V, which are read and written.
+    new = 2 * 32 * 128 * 2 + 2 * kv
+    assert ops["attention_prefill"].bytes == layers * (2148 * kv + 2048 * new)
     assert ops["attention_decode"].flops == layers * 4 * 32 * 128 * (901 + 4001)
-    assert ops["attention_decode"].bytes == layers * ((901 + 4001) * kv + 2 * 2 * 32 * 128 * 2)
+    assert ops["attention_decode"].bytes == layers * ((901 + 4001) * kv + 2 * new)
 
 
 def test_num_sampled_is_the_rows_of_the_lm_head() -> None:
@@ -75,11 +98,15 @@ def test_every_weight_is_read_once_when_all_experts_are_hit(
 ) -> None:
     roofline = roofline_of(name, tensor_parallel_size)
     gemms = {op.name for op in roofline.operators if op.depth or op.name.startswith("experts")}
+    gemms.add("linear_conv")
     shape = roofline.shape
     read = 0.0
     many = 10**9
     # The part of the bytes that does not grow with the tokens.
     for op in roofline.operators:
+        if op.name == "absorb" and shape.indexer:
+            # The latent's expansion, read in the activations' dtype, and never by itself.
+            read += op.repeats * op.bytes["step"] * shape.weight_element_bytes / 2
         if op.name not in gemms or op.name in ("experts_act", "experts_sum"):
             continue
         fixed = op.bytes.get(op.gate, 0.0)
@@ -101,7 +128,8 @@ def test_sliding_window_by_hand() -> None:
     assert ops["attention_decode"].flops == 4 * 4 * 4 * 256 * (101 + 9001)
     # The 300 queries together read the last 300 + 512 - 1 of 700 tokens: all of them.
     kv = 2 * 1 * 256 * 2
-    assert ops["attention_prefill_window"].bytes == 22 * (700 * kv + 300 * 2 * 4 * 256 * 2)
+    new = 2 * 4 * 256 * 2 + 2 * kv
+    assert ops["attention_prefill_window"].bytes == 22 * (700 * kv + 300 * new)
 
 
 def test_latent_attention_by_hand() -> None:
@@ -113,6 +141,132 @@ def test_latent_attention_by_hand() -> None:
     latent_read = 27 * 1000 * 576 * 2
     query_and_output = 27 * 16 * (576 + 512) * 2
     assert ops["attention_decode"].bytes == latent_read + query_and_output
+
+
+def test_chunked_window_by_hand() -> None:
+    """Llama 4 Scout: 36 layers whose attention begins anew each 8192 tokens, 12 that see all."""
+    ops = by_name(roofline_of("llama4-scout"), Batch([9000, 1, 1], [10_000, 100, 17_000]))
+    pair = 4 * 40 * 128
+    seen = sum((10_000 + j) % 8192 + 1 for j in range(9000))
+    assert ops["attention_prefill_window"].flops == 36 * pair * seen
+    assert ops["attention_prefill"].flops == 12 * pair * sum(10_001 + j for j in range(9000))
+    assert ops["attention_decode_window"].flops == 36 * pair * (101 + 17_000 % 8192 + 1)
+    # From the chunk's start, token 8192, to the last of 19000 tokens.
+    kv, width = 2 * 8 * 128 * 2, 40 * 128
+    # Beside it queries, outputs, and the new keys and values on their way into the cache.
+    moved = (19_000 - 8192) * kv + 9000 * (2 * width * 2 + 2 * kv)
+    assert ops["attention_prefill_window"].bytes == 36 * moved
+    assert ops["rope"].bytes == 36 * 9002 * 2 * 48 * 128 * 2
+    assert ops["qk_norm"].bytes == ops["rope"].bytes
+    assert "qk_norm" not in by_name(roofline_of("llama4-maverick"), Batch([1], [0]))
+
+
+@pytest.mark.parametrize("name", ["llama4-scout", "gpt-oss-120b", "deepseek-v3.2"])
+def test_capped_prefills_see_the_same_window(name: str) -> None:
+    """The compiled sums of a capped step's first tokens are those of ``summarize``."""
+    roofline = roofline_of(name)
+    decode = roofline.summarize(Batch([1, 1], [50, 20_000]))
+    queries, contexts = [5000, 12_000, 100], [3000, 9000, 0]
+    sizes = np.array([700, 5000, 9300, 17_050])
+    ms, tokens, _ = roofline.capped_ms(decode, queries, contexts, sizes)
+    assert tokens.tolist() == sizes.tolist()
+    for size, found in zip(sizes.tolist(), ms, strict=True):
+        taken = np.clip(size - np.cumsum([0, *queries[:-1]]), 0, queries)
+        first = [(int(q), c) for q, c in zip(taken, contexts, strict=True) if q]
+        mixed = decode + roofline.summarize(Batch(*zip(*first, strict=True)))
+        assert found == pytest.approx(float(roofline.step_ms(mixed, SMS)))
+
+
+def test_heads_that_differ_by_window_by_hand() -> None:
+    """Gemma 4 31B: 50 layers with a window and 16 KV heads of 256, 10 with 4 of 512."""
+    ops = by_name(roofline_of("gemma4-31b"), Batch([1, 1], [99, 4999]))
+    assert ops["window_qkv_proj"].flops == 50 * 2 * 2 * 5376 * (32 + 2 * 16) * 256
+    assert ops["qkv_proj"].flops == 10 * 2 * 2 * 5376 * (32 + 2 * 4) * 512
+    assert ops["o_proj"].flops == 10 * 2 * 2 * 32 * 512 * 5376
+    assert ops["norms"].bytes == (60 * 4 + 1) * 2 * 4 * 5376 * 2
+    # With experts beside the MLP, four more a layer, and the router's is one of them.
+    beside = by_name(roofline_of("gemma4-26b-a4b"), Batch([1], [0]))
+    assert beside["norms"].bytes == (30 * 8 + 1) * 4 * 2816 * 2
+    assert beside["gate_up"].flops == 30 * 2 * 2816 * 2 * 2112
+    assert beside["experts_sum"].bytes == 30 * 9 * 2816 * 2
+    # Of both requests: the query and the output, and a new key and value, read and written.
+    query_and_output = 2 * 2 * 32 * 2
+    assert ops["attention_decode_window"].bytes == 50 * (
+        (100 + 1024) * 2 * 16 * 256 * 2 + query_and_output * 256 + 2 * 2 * 2 * 16 * 256 * 2
+    )
+    assert ops["attention_decode"].bytes == 10 * (
+        (100 + 5000) * 2 * 4 * 512 * 2 + query_and_output * 512 + 2 * 2 * 2 * 4 * 512 * 2
+    )
+
+
+def test_sparse_attention_by_hand() -> None:
+    """DeepSeek-V3.2: 2048 tokens of each context, and scores of 64 heads of 128 of all."""
+    ops = by_name(roofline_of("deepseek-v3.2"), Batch([3000, 1], [1000, 9999]))
+    pairs = sum(1000 + j for j in range(1, 3001))
+    chosen = sum(min(1000 + j, 2048) for j in range(1, 3001))
+    assert ops["attention_prefill"].flops == 61 * 2 * 128 * (576 + 512) * chosen
+    assert ops["attention_decode"].flops == 61 * 2 * 128 * (576 + 512) * 2048
+    assert ops["attention_decode"].bytes == 61 * (2048 * 576 * 2 + 128 * (576 + 512) * 2)
+    assert ops["index_prefill"].flops == 61 * 2 * 64 * 128 * pairs
+    assert ops["index_decode"].bytes == 61 * (10_000 * (132 + 4) + 64 * 128)
+    assert ops["index_choice"].bytes == 61 * 4 * (pairs + 10_000)
+    assert ops["index_k_proj"].flops == 61 * 2 * 3001 * 7168 * (128 + 64)
+    assert ops["absorb"].flops == 61 * 2 * 3001 * 128 * 512 * 256
+    assert "kv_b_proj" not in ops
+    # 16 heads of a rank are computed as 64.
+    eighth = by_name(roofline_of("deepseek-v3.2", 8), Batch([1], [9999]))
+    assert eighth["attention_decode"].flops == ops["attention_decode"].flops / 2
+
+
+def test_gated_delta_net_by_hand() -> None:
+    """Qwen3-Next: 36 layers of 32 heads with a state of 128 x 128 in 16 bits."""
+    ops = by_name(roofline_of("qwen3-next-80b-a3b"), Batch([1000, 1, 1], [0, 10, 100_000]))
+    assert ops["linear_in_proj"].flops == 36 * 2 * 1002 * 2048 * (2 * 2048 + 2 * 4096)
+    assert ops["linear_gates"].flops == 36 * 2 * 1002 * 2048 * 2 * 32
+    assert ops["linear_out_proj"].flops == 36 * 2 * 1002 * 4096 * 2048
+    state = 32 * 128 * 128 * 2
+    columns = 2 * 2048 + 4096
+    assert ops["linear_attention_decode"].bytes == 36 * 2 * (2 * state + (columns + 4096) * 2)
+    each = 6 * 128 * 128 + 2 * 64 * (3 * 128 + 2 * 128)
+    assert ops["linear_attention_prefill"].flops == 36 * 1000 * 32 * each
+    assert ops["linear_attention_prefill"].bytes == 36 * (1000 * (columns + 4096) * 2 + 2 * state)
+    moved = 4 * columns * 2 + 1002 * 2 * columns * 2 + 2 * 2 * 3 * columns * 2
+    assert ops["linear_conv"].bytes == 36 * moved
+    # Attention in the other 12, with queries as wide again for their gate.
+    assert ops["qkv_proj"].flops == 12 * 2 * 1002 * 2048 * (2 * 16 + 2 * 2) * 256
+    assert ops["attention_gate"].bytes == 12 * 1002 * 3 * 16 * 256 * 2
+    assert ops["shared_gate"].flops == 48 * 2 * 1002 * 2048
+
+
+def test_mamba2_and_experts_on_a_latent_by_hand() -> None:
+    """Nemotron 3 Super: 40 Mamba2 blocks, 40 of experts 1024 wide without a gate, 8 attentions."""
+    ops = by_name(roofline_of("nemotron-3-super"), Batch([512, 1], [0, 7]))
+    value, key = 128 * 64, 8 * 128
+    assert ops["linear_in_proj"].flops == 40 * 2 * 513 * 4096 * (2 * value + 2 * key + 128)
+    assert "linear_gates" not in ops
+    state = 128 * 64 * 128 * 4
+    assert ops["linear_attention_decode"].bytes == 40 * (2 * state + (2 * value + 2 * key) * 2)
+    each = 128 * (4 * 64 * 128 + 128 * 64) + 8 * 128 * 128
+    assert ops["linear_attention_prefill"].flops == 40 * 512 * each
+    assert ops["experts_act"].bytes == 40 * 513 * 22 * 2 * 2688 * 2
+    routed = 22 * 513 * 2 * 1024 * 2688
+    assert 40 * routed < ops["experts_up"].flops < 40 * (routed + 512 * 64 * 2 * 1024 * 2688)
+    assert ops["latent_in_proj"].flops == 40 * 2 * 513 * 4096 * 1024
+    assert ops["shared_up"].flops == ops["shared_down"].flops == 40 * 2 * 513 * 4096 * 5376
+    assert ops["norms"].bytes == 89 * 513 * 4 * 4096 * 2
+    assert "rope" not in ops
+    sums = by_name(roofline_of("nemotron-3-super", 2), Batch([512, 1], [0, 7]))["all_reduce"]
+    assert sums.bytes == 89 * 2 * 1 / 2 * 513 * 4096 * 2
+
+
+def test_mxfp4_experts_are_read_in_four_bits_and_multiplied_in_sixteen() -> None:
+    roofline = roofline_of("gpt-oss-120b")
+    batch = Batch([1], [0])
+    weights = 36 * 4 * 2880 * 2880 * (0.5 + 1 / 32)
+    activations = 36 * 4 * (2880 + 2880) * 2
+    assert by_name(roofline, batch)["experts_down"].bytes == pytest.approx(weights + activations)
+    dtypes = {op.name: op.dtype for op in roofline.operators}
+    assert dtypes["experts_down"] == dtypes["o_proj"] == "bfloat16"
 
 
 @pytest.mark.parametrize(("tokens", "touched"), [(1, 8.0), (2, 128 * (1 - (120 / 128) ** 2))])
@@ -133,7 +287,9 @@ def test_many_tokens_touch_all_experts() -> None:
 def test_all_reduce_by_hand() -> None:
     batch = Batch([512], [0])
     assert "all_reduce" not in by_name(roofline_of("llama3-8b"), batch)
-    op = by_name(roofline_of("llama3-8b", 4), batch)["all_reduce"]
+    shape = ModelShape.from_hf_config(LLAMA3_8B, tensor_parallel_size=4)
+    formula = Roofline(shape, replace(GpuProfile.load("h100-sxm"), factors={}))
+    op = by_name(formula, batch)["all_reduce"]
     assert op.bytes == 65 * 2 * 3 / 4 * 512 * 4096 * 2
     assert op.link_ms == pytest.approx(op.bytes / 450e9 * 1e3)
     assert op.ms == op.link_ms + op.overhead_ms
@@ -261,7 +417,9 @@ def test_more_sms_are_never_slower(name: str, batch: Batch) -> None:
 def test_more_prefill_tokens_are_never_faster(name: str, context: int, num_sms: int) -> None:
     roofline = roofline_of(name)
     ms = roofline.step_ms(roofline.prefill_chunk_summary(np.arange(0, 3000, 7), context), num_sms)
-    assert (np.diff(ms) >= -1e-9 * np.max(ms)).all()
+    # Measured factors are made to rise where they stand, on all SMs; between, and on fewer, a
+    # factor that falls while the formula's time rises can leave a dent.
+    assert (np.diff(ms) >= -DENT * ms[1:]).all()
 
 
 @given(MODELS, st.integers(1, 64), st.integers(0, 20000))
@@ -335,10 +493,11 @@ def test_at_contention_one_memory_time_grows_by_the_demand(
         compute, memory, bus, busy, total = alone[lane]
         other = alone[1 - lane]
         # Added up in the kernel's order, as np.sum's would round otherwise.
-        beside = sum(other[2][:, 0].tolist()) / max(other[4][0], 1e-12)
+        drawn = np.minimum(other[2], other[3])[:, 0].tolist()
+        beside = sum(drawn) / max(other[4][0], 1e-12)
         expected = total[0]
         for k, u in enumerate(unoverlapped):
-            demand = bus[k, 0] / max(busy[k, 0], 1e-12) + beside
+            demand = min(bus[k, 0] / max(busy[k, 0], 1e-12), 1.0) + beside
             if demand > 1:
                 first, second = compute[k, 0], memory[k, 0] * demand
                 expected += max(first, second) + u * min(first, second) - busy[k, 0]
@@ -356,8 +515,10 @@ def test_a_compute_bound_neighbour_costs_little() -> None:
 
 def test_gpu_without_fp8_computes_in_sixteen_bits() -> None:
     shape = ModelShape.from_hf_config(QWEN3_8B, weight_dtype="fp8")
-    roofline = Roofline(shape, GpuProfile.load("a100-sxm-80g"))
-    plain = Roofline(ModelShape.from_hf_config(QWEN3_8B), GpuProfile.load("a100-sxm-80g"))
+    # What is measured of products in 16 bits says nothing about these.
+    profile = replace(GpuProfile.load("a100-sxm-80g"), factors={})
+    roofline = Roofline(shape, profile)
+    plain = Roofline(ModelShape.from_hf_config(QWEN3_8B), profile)
     batch = Batch([4096], [0])
     quantized_ms, plain_ms = (
         {op.name: op.compute_ms for op in r.predict(batch, 108).operators}["gate_up"]
@@ -424,11 +585,13 @@ def test_groups_that_do_not_fit() -> None:
         roofline_of("qwen3-8b").predict_pair(Batch([1], [0]), Batch([9], [0]), 64, 72)
 
 
-@pytest.mark.parametrize("config", [QWEN3_8B, GEMMA3_1B], ids=["full", "windowed"])
+@pytest.mark.parametrize(
+    "config", [QWEN3_8B, GEMMA3_1B, LLAMA4_SCOUT], ids=["full", "windowed", "chunked"]
+)
 def test_quick_summaries_equal_summarize(config: dict[str, Any]) -> None:
     roofline = Roofline(ModelShape.from_hf_config(config), GpuProfile.load("h100-sxm"))
-    contexts = [0, 5, 900, 4095, 20_000]
-    queries = [2, 300, 700, 9, 4000]
+    contexts = [0, 5, 900, 4095, 20_000, 8191]
+    queries = [2, 300, 700, 9, 4000, 30_000]
     pairs = [
         (roofline.decode_summary(contexts), Batch([1] * len(contexts), contexts)),
         (roofline.prefill_summary(queries, contexts), Batch(queries, contexts)),

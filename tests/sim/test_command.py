@@ -69,6 +69,21 @@ def test_the_files_agree(runs, trace):
         assert sum(event["ph"] == "X" for event in events) == len(steps)
 
 
+def test_the_limits_say_which_requests_are_good(trace, runs, tmp_path):
+    requests = [json.loads(line) for line in (runs[-1] / "requests.jsonl").open()]
+    assert max(b - a for r in requests for a, b in pairwise(r["token_ms"])) <= 100
+    middle = sorted(r["ttft_ms"] for r in requests)[len(requests) // 2] + 0.01
+    in_time = sum(r["ttft_ms"] <= middle for r in requests)
+    for limit, good in ((0.001, 0), (middle, in_time), (1e6, len(requests))):
+        out = tmp_path / str(limit)
+        options = ["--scheduler", "duet", "--rate", "9", "--ttft-slo-ms", str(limit)]
+        result = simulate(trace, out, *options)
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["ttft_slo_ms"] == limit
+        assert summary["good_requests_share"] == good / len(requests)
+        assert f"{good / len(requests):.2%} of requests good" in said(result)
+
+
 def test_the_same_command_gives_the_same_files(runs, trace, tmp_path):
     again = tmp_path / "again"
     assert simulate(trace, again, "--scheduler", "duet", "--rate", "9").exit_code == 0
@@ -79,6 +94,31 @@ def test_the_same_command_gives_the_same_files(runs, trace, tmp_path):
     assert first == second
 
 
+def test_the_summary_says_what_was_simulated(trace, tmp_path):
+    options = "--scheduler stock --no-async-scheduling --truth roofline --tensor-parallel-size 2"
+    options += " --kv-cache-dtype fp8 --concurrency 3 --frontend-ms 4 --tokenizer-us 1.5"
+    options += " --prefix-length 512 --num-prefixes 2 --num-requests 9 --enable-expert-parallel"
+    result = simulate(trace, tmp_path / "out", *options.split())
+    assert result.exit_code == 0, result.output
+    assert "9 requests from 3 clients" in said(result)
+    assert "GPU's times: the roofline" in said(result)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    expected = {
+        "truth": "the roofline",
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "kv_dtype": "fp8",
+        "concurrency": 3,
+        "prefixes": {"count": 2, "tokens": 512},
+        "async_scheduling": False,
+        "front_end": {"request_ms": 4.0, "token_us": 1.5},
+    }
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["host_costs"]["launch_ms"] == 0.3 and "assumed" in str(summary["disturbances"])
+    requests = [json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").open()]
+    assert {r["input_length"] - 512 for r in requests} == {3000, 3500, 4000, 4500}
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -87,6 +127,10 @@ def test_the_same_command_gives_the_same_files(runs, trace, tmp_path):
         (["--gpu", "l40s", "--max-num-batched-tokens", "4000000"], "does not fit"),
         (["--max-model-len", "100"], "longer than 100"),
         (["--rate", "-1"], "rate"),
+        (["--no-async-scheduling"], "asynchronous"),
+        (["--scheduler", "disaggregated", "--concurrency", "2"], "closed loop"),
+        (["--tensor-parallel-size", "3"], "3 ranks"),
+        (["--kv-cache-dtype", "fp6"], "fp6"),
     ],
 )
 def test_a_wrong_option_writes_nothing(trace, tmp_path, options, named):

@@ -22,6 +22,7 @@ from vllm_duet.sim.traces import (
     rate_of,
     read_trace,
     synthetic,
+    with_prefixes,
 )
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -328,3 +329,21 @@ def test_different_hash_ids_have_no_token_in_common(ids: list[int]) -> None:
     trace = [TraceRequest(0.0, HASH_BLOCK_TOKENS, 1, (i,)) for i in ids]
     tokens = [token for prompt in prompts(trace) for token in prompt]
     assert len(set(tokens)) == len(tokens)
+
+
+@given(trace=traces, length=st.integers(1, 300), count=st.integers(1, 5))
+def test_a_prefix_stands_before_each_prompt(
+    trace: list[TraceRequest], length: int, count: int
+) -> None:
+    longer = with_prefixes(trace, length, count, seed=1)
+    assert longer == with_prefixes(trace, length, count, seed=1)
+    prefixes: dict[int, list[int]] = {}
+    for request, plain, tokens, rest in zip(
+        longer, trace, prompts(longer), prompts(trace), strict=True
+    ):
+        assert request.input_length == plain.input_length + length == len(tokens)
+        assert 0 <= request.prefix < count
+        assert prefixes.setdefault(request.prefix, tokens[:length]) == tokens[:length]
+        assert tokens[length:] == rest
+    firsts = [tokens[0] for tokens in prefixes.values()]
+    assert len(set(firsts)) == len(firsts)

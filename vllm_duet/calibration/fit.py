@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 from scipy import optimize
 
 from vllm_duet.calibration.device import CalibrationError, DeviceInfo
@@ -106,10 +105,10 @@ class _Profile:
         self, base: GpuProfile, info: DeviceInfo, measured: str, known: bool, name: str | None
     ) -> None:
         self.measured = measured
-        queried = f"queried from the driver; {measured}"
+        queried = f"{measured}: queried from the driver"
         sources = dict(base.sources)
         if not known:
-            about = f"taken over from {base.name}, the nearest profile, and not this GPU's: "
+            about = f"assumption: taken over from {base.name}, the nearest, and not this GPU's: "
             sources = {key: about + text for key, text in sources.items()}
         for curve in ("compute_curve", "bandwidth_curve", "contention"):
             sources.pop(curve, None)
@@ -118,7 +117,7 @@ class _Profile:
             base,
             name=name or "-".join(info.name.lower().split()),
             device_names=base.device_names if known else (info.name,),
-            measured=True,
+            measured="calibrated",
             num_sms=info.num_sms,
             sm_granularity=info.sm_granularity,
             min_sms=info.min_sms,
@@ -126,6 +125,8 @@ class _Profile:
             compute_curve=(),
             bandwidth_curve=(),
             contention=1.0,
+            # They belong to the formula as it was before.
+            factors={},
             sources=sources | dict.fromkeys(keys, queried),
         )
 
@@ -338,33 +339,9 @@ def write_profile(path: Path, fitted: Fit) -> None:
     Raises:
         ProfileError: the profile would not load; the file shows why.
     """
-    profile = fitted.profile
-    data: dict[str, Any] = {}
-    for key in profile.__dataclass_fields__:
-        value = getattr(profile, key)
-        if key.endswith("_curve"):
-            value = [{"sms": sms, "fraction": fraction} for sms, fraction in value]
-        elif key == "sources":
-            continue
-        elif key == "device_names":
-            value = list(value)
-        elif key == "peak_flops":
-            value = {dtype: _rounded(rate) for dtype, rate in value.items()}
-        elif isinstance(value, float):
-            value = _rounded(value)
-        if key in profile.sources or key in ("name", "device_names", "measured"):
-            data[key] = value
-    data["sources"] = dict(profile.sources)
-    head = ["# SM groups of this GPU, measured by vllm-duet calibrate."]
+    head = ["SM groups of this GPU, measured by vllm-duet calibrate."]
     head += [
-        f"# Mean absolute error, {name}: {error['mean']:.1%} ({error['count']:g} times)."
+        f"Mean absolute error, {name}: {error['mean']:.1%} ({error['count']:g} times)."
         for name, error in fitted.errors.items()
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(data, sort_keys=False, width=1000, allow_unicode=True)
-    path.write_text("\n".join(head) + "\n" + text)
-    GpuProfile.load(path)
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
+    fitted.profile.save(path, head)

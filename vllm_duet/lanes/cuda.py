@@ -69,7 +69,7 @@ class CudaLanePair(LanePair):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="duet-prefill")
         self._slices = slices
         self._decoded: deque[_Span] = deque()
-        self._from_caller = cuda.Event()
+        self._from_caller: Any = cuda.Event()
         self._spare_events: list[Any] = []
         self._forked: Any = None
         self._prepared: Any = None  # the last time; decode steps wait for it
@@ -203,6 +203,10 @@ class CudaLanePair(LanePair):
         self.decode_streams, self._prefill_streams = {}, {}
         if splits:
             cuda.synchronize(self._device)
+        # Whoever keeps this object should not keep events with it.
+        self._decoded.clear()
+        self._spare_events.clear()
+        self._from_caller = self._forked = self._prepared = self._ready = self._last_prefill = None
         with ExitStack() as release:
             for split in splits:
                 release.callback(split.release)

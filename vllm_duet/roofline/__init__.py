@@ -9,12 +9,9 @@ NumPy, and Numba for what a scheduler waits for. Nothing in this folder may impo
 
 from vllm_duet.roofline.correction import StepTimeCorrection
 from vllm_duet.roofline.hardware import GpuProfile, ProfileError
-from vllm_duet.roofline.model_shape import (
-    ExpertShape,
-    LatentShape,
-    ModelShape,
-    UnsupportedArchitectureError,
-)
+from vllm_duet.roofline.hf_config import UnsupportedArchitectureError
+from vllm_duet.roofline.layer_shapes import ExpertShape, LatentShape
+from vllm_duet.roofline.model_shape import ModelShape
 from vllm_duet.roofline.operators import Operator
 from vllm_duet.roofline.predictor import (
     Batch,

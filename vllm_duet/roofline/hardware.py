@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a GPU does with S of its SMs: GpuProfile, read from a YAML file.
 
-A profile is data: a new GPU is a new file in vllm_duet/profiles, and calibration
-writes the same format with measured curves. Every number names its source.
+A profile is data: a new GPU is a new file in vllm_duet/profiles. The shipped ones are made by
+vllm_duet/measured/fit.py, and calibration writes the same format. Every number names its source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,19 +21,57 @@ import yaml
 FloatArray = npt.NDArray[np.float64]
 Curve = tuple[tuple[int, float], ...]
 
-_FOLDER = Path(__file__).parent.parent / "profiles"
+FOLDER = Path(__file__).parent.parent / "profiles"
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+MEASURED: Mapping[str, str] = {
+    "calibrated": "measured on such a GPU by vllm-duet calibrate",
+    "published": "fitted to operator times that others measured; the rest from data sheets and"
+    " assumptions",
+    "nothing": "from data sheets and assumptions, not measured",
+}
+"""What a profile as a whole rests on."""
+
+_LEVELS = ("measured", "datasheet", "assumption")
 
 
 class ProfileError(ValueError):
     """A GPU profile that cannot be used; names the file and the key."""
 
 
+@dataclass(frozen=True, eq=False)
+class FactorTable:
+    """Measured time over the formula's, for one kind of operator.
+
+    ``permille`` has a dimension for each of ``axes``, whose values rise. In between, the
+    logarithm of the factor is linear in the logarithms of all axes; beyond an axis's ends
+    the factor stays, so far out the formula has the last word.
+    """
+
+    axes: Mapping[str, tuple[float, ...]]
+    permille: npt.NDArray[np.int64]
+    source: str
+
+    def at(self, *points: FloatArray | float) -> FloatArray:
+        """Factors where the axes have these values: one dimension for each array among them."""
+        found = np.log(self.permille / 1000.0)
+        axis = 0
+        for values, point in zip(self.axes.values(), points, strict=True):
+            knots = np.log2(values)
+            wanted = np.clip(np.log2(np.maximum(point, values[0])), knots[0], knots[-1])
+            low = np.clip(np.searchsorted(knots, wanted, side="right") - 1, 0, len(knots) - 2)
+            share = (wanted - knots[low]) / (knots[low + 1] - knots[low])
+            share = share.reshape(share.shape + (1,) * (found.ndim - axis - 1))
+            found = (1 - share) * found.take(low, axis) + share * found.take(low + 1, axis)
+            axis += np.ndim(point)
+        return np.asarray(np.exp(found))
+
+
 @dataclass(frozen=True, slots=True)
 class GpuProfile:
     """One GPU's rates and fixed costs. A ``_fraction`` is achieved / peak.
 
-    Identity: ``device_names`` are the names CUDA reports; ``measured`` is whether
-    the numbers were measured on the GPU itself, by calibration.
+    Identity: ``device_names`` are the names CUDA reports; ``measured`` is a key of MEASURED.
 
     SMs: ``sm_granularity`` and ``min_sms`` are the step and the least of an SM
     group. They are defaults for planning: the driver has the last word.
@@ -61,12 +100,15 @@ class GpuProfile:
     for more than the memory bus has, see ``Roofline.pair_ms``. 1 shares the bus in
     proportion and is taken where nothing was measured; 0 is no slowdown at all.
 
-    ``sources`` says for each other field where its numbers come from.
+    Tables: ``factors`` are what these formulas are off by, by operators.Operator.measured.
+
+    ``sources`` says for each other field where its numbers come from; each begins with
+    "measured", "datasheet" or "assumption".
     """
 
     name: str
     device_names: tuple[str, ...]
-    measured: bool
+    measured: str
     num_sms: int
     sm_granularity: int
     min_sms: int
@@ -97,9 +139,10 @@ class GpuProfile:
     compute_curve: Curve = ()
     bandwidth_curve: Curve = ()
     contention: float = 1.0
+    factors: Mapping[str, FactorTable] = field(default_factory=dict)
 
-    _UNSOURCED: ClassVar = frozenset({"name", "device_names", "measured", "sources"})
-    _MAY_BE_ZERO: ClassVar = frozenset({"measured", "unoverlapped", "wave_fraction", "contention"})
+    _UNSOURCED: ClassVar = frozenset({"name", "device_names", "measured", "sources", "factors"})
+    _MAY_BE_ZERO: ClassVar = frozenset({"unoverlapped", "wave_fraction", "contention"})
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> GpuProfile:
@@ -111,14 +154,14 @@ class GpuProfile:
         """
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
-            path = _FOLDER / f"{name_or_path}.yaml"
+            path = FOLDER / f"{name_or_path}.yaml"
         if not path.is_file():
             raise ProfileError(
                 f"no GPU profile {str(name_or_path)!r}: give a YAML file or one of"
                 f" {', '.join(cls.names())}"
             )
         try:
-            data = yaml.safe_load(path.read_text())
+            data = yaml.load(path.read_text(), _Loader)
         except yaml.YAMLError as error:
             raise ProfileError(f"{path}: not valid YAML ({error})") from error
         return _checked(data, path)
@@ -126,7 +169,7 @@ class GpuProfile:
     @staticmethod
     def names() -> list[str]:
         """The names of the profiles that come with the package, sorted."""
-        return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+        return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
     @classmethod
     def detect(cls, device_name: str) -> GpuProfile | None:
@@ -141,6 +184,27 @@ class GpuProfile:
             if wanted in (known.casefold() for known in profile.device_names):
                 return profile
         return None
+
+    def save(self, path: Path, head: Sequence[str] = ()) -> None:
+        """Write a YAML file that :meth:`load` reads, below comments with the lines of ``head``.
+
+        Raises:
+            ProfileError: the profile would not load; the file shows why.
+        """
+        data: dict[str, Any] = {}
+        for key in (f.name for f in fields(self)):
+            if key in self.sources or key in ("name", "device_names", "measured"):
+                data[key] = _plain(getattr(self, key))
+        data["sources"] = dict(self.sources)
+        text = "".join(f"# {line}\n" for line in head)
+        text += yaml.safe_dump(data, sort_keys=False, width=1000, allow_unicode=True)
+        if self.factors:
+            text += "factors:\n" + "".join(
+                _dumped(name, table) for name, table in self.factors.items()
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        GpuProfile.load(path)
 
     def peak_flops_per_s(self, dtype: str, fallback: str) -> float:
         """Dense peak of ``dtype``; of ``fallback`` where the GPU has no such units
@@ -177,6 +241,27 @@ class GpuProfile:
         return np.asarray(fraction / fraction[-1])
 
 
+def _plain(value: Any) -> Any:
+    """As YAML has it, numbers to five digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple) and value and isinstance(value[0], tuple):
+        return [{"sms": sms, "fraction": fraction} for sms, fraction in value]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _dumped(name: str, table: FactorTable) -> str:
+    axes = "".join(
+        f"      {axis}: [{', '.join(f'{value:.15g}' for value in values)}]\n"
+        for axis, values in table.axes.items()
+    )
+    rows = table.permille.reshape(-1, table.permille.shape[-1])
+    lines = "".join(f"      {' '.join(map(str, row))}\n" for row in rows.tolist())
+    return f"  {name}:\n    source: {table.source!r}\n    axes:\n{axes}    permille: |\n{lines}"
+
+
 def _interpolated(sms: FloatArray, curve: Curve) -> FloatArray:
     # From (0, 0), so that a group below the first point is not flattered.
     points = [(0, 0.0), *curve]
@@ -196,7 +281,7 @@ def _checked(data: Any, path: Path) -> GpuProfile:
     values: dict[str, Any] = {}
     for key, f in known.items():
         if key not in data:
-            if f.default is not MISSING:
+            if f.default is not MISSING or f.default_factory is not MISSING:
                 continue
             raise fail(f"missing key {key!r}")
         try:
@@ -204,8 +289,13 @@ def _checked(data: Any, path: Path) -> GpuProfile:
         except (TypeError, ValueError, KeyError) as error:
             raise fail(f"{key!r} must be {_EXPECTED[str(f.type)]}, not {data[key]!r}") from error
     for key in values:
-        if key not in GpuProfile._UNSOURCED and key not in values["sources"]:
+        source = values["sources"].get(key)
+        if key not in GpuProfile._UNSOURCED and source is None:
             raise fail(f"'sources' does not say where {key!r} comes from")
+        if source is not None and not source.startswith(_LEVELS):
+            raise fail(f"the source of {key!r} must begin with one of {', '.join(_LEVELS)}")
+    if values["measured"] not in MEASURED:
+        raise fail(f"'measured' must be one of {', '.join(MEASURED)}, not {values['measured']!r}")
     for key, value in values.items():
         if key.endswith("_fraction") and value > 1:
             raise fail(f"{key!r} must be at most 1, not {value}")
@@ -222,12 +312,6 @@ def _checked(data: Any, path: Path) -> GpuProfile:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise TypeError
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
         raise TypeError
     return value
 
@@ -259,27 +343,43 @@ def _text_by_name(value: Any) -> dict[str, str]:
     return {_text(key): _text(item) for key, item in dict(value).items()}
 
 
+def _factor_tables(value: Any) -> dict[str, FactorTable]:
+    return {_text(name): _factor_table(**table) for name, table in dict(value).items()}
+
+
+def _factor_table(source: Any, axes: Any, permille: Any) -> FactorTable:
+    """``permille`` is text: as YAML's own numbers it would take seconds to read."""
+    found = {_text(name): tuple(map(_number, values)) for name, values in axes.items()}
+    for values in found.values():
+        if len(values) < 2 or values[0] <= 0 or any(a >= b for a, b in pairwise(values)):
+            raise ValueError
+    numbers = np.array(_text(permille).split(), dtype=np.int64)
+    if (numbers <= 0).any() or numbers.size != prod(map(len, found.values())):
+        raise ValueError
+    return FactorTable(found, numbers.reshape(*map(len, found.values())), _text(source))
+
+
 def _curve(value: Any) -> Curve:
     return tuple((_positive_integer(p["sms"]), _number(p["fraction"])) for p in value or ())
 
 
 _PARSERS = {
     "str": _text,
-    "bool": _flag,
     "int": _positive_integer,
     "float": _number,
     "tuple[str, ...]": _texts,
     "Mapping[str, float]": _numbers_by_name,
     "Mapping[str, str]": _text_by_name,
     "Curve": _curve,
+    "Mapping[str, FactorTable]": _factor_tables,
 }
 _EXPECTED = {
     "str": "text",
-    "bool": "true or false",
     "int": "a whole number of at least 1",
     "float": "a number of at least 0",
     "tuple[str, ...]": "a list of texts",
     "Mapping[str, float]": "a mapping of names to numbers",
     "Mapping[str, str]": "a mapping of names to texts",
     "Curve": "a list of {sms, fraction}",
+    "Mapping[str, FactorTable]": "tables of source, rising axes, and as many permille as they span",
 }

@@ -12,15 +12,21 @@ uses: so a compiled function uses functions and constants of its own file alone.
 
 Tables, for K operators, F features and G SMs:
 
-* ``coefficients`` [3 K + 1, F]: K rows of compute time that is linear in the features, K
-  of tile rows, K of memory time, one of fixed time; ms on the whole GPU;
+* ``coefficients`` [4 K + 1, F]: K rows of compute time that is linear in the features, K
+  of tile rows, K of memory time, K of fixed time, one of time between operators; ms on the
+  whole GPU;
 * ``per_operator`` [4, K]: tile columns, ms of a wave, ``unoverlapped``, ``contention``;
 * ``by_sms`` [4, G + 1]: 1/S, 1/C(S), 1/B(S), and how much slower a tile runs on one of S
-  SMs than on one of all; column 0 is never read.
+  SMs than on one of all; column 0 is never read;
+* ``lookups`` [K, 3]: the features that an operator's measured factor depends on, its units and
+  its amount (-1: none), and where in ``factors`` its row, or rows, begin; units of -1 mean that
+  its time is the formula's;
+* ``factors`` [.]: for each operator that has any, [UNITS], or [UNITS, LENGTHS].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -52,11 +58,23 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Features = tuple[float, ...]
 Times = tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]
+Tables = tuple[FloatArray, FloatArray, FloatArray, IntArray, FloatArray]
 
 (_STEP, _TOKENS, _SAMPLED), _HAS_PREFILL = range(3), 7
 _PREFILL_TOKENS, _PREFILL_PAIRS, _PREFILL_KV_TOKENS = range(8, 11)
 _PREFILL_WINDOW_PAIRS, _PREFILL_WINDOW_KV_TOKENS, _EXPERTS = range(11, 14)
 """Rows of FEATURES in operators.py."""
+
+OCTAVES = 21
+"""Factors reach to 2^20 tokens; beyond, they stay."""
+
+_BETWEEN = {17, 33, 65, 96, 129, 192, 257, 513, 768, 769, 1025, 1280, 1281, 1536, 1537, 2049, 3072}
+UNITS = np.array(sorted({2**octave for octave in range(OCTAVES)} | _BETWEEN), np.float64)
+"""Where the factors of an operator stand along its units: closer where a row more begins a tile."""
+
+_OCTAVE_STARTS = np.searchsorted(UNITS, 2.0 ** np.arange(OCTAVES))
+LENGTHS = 2.0 ** np.arange(OCTAVES)
+"""Where they stand along the mean amount of a unit."""
 
 TINY_MS = 1e-12
 """Stands in for a time of zero, where its numerator is zero too."""
@@ -69,18 +87,72 @@ def combined(compute_ms: float, memory_ms: float, unoverlapped: float) -> float:
 
 
 @njit
-def step_times(
+def place_among_units(units: float) -> tuple[int, float]:
+    """Where among UNITS: after which of them, and what share of the way to the next."""
+    octave = math.frexp(units)[1] - 1
+    if octave < 0:
+        return 0, 0.0
+    if octave >= OCTAVES - 1:
+        return UNITS.size - 2, 1.0
+    at = _OCTAVE_STARTS[octave]
+    while UNITS[at + 1] <= units:
+        at += 1
+    return at, (units - UNITS[at]) / (UNITS[at + 1] - UNITS[at])
+
+
+@njit
+def place_among_lengths(length: float) -> tuple[int, float]:
+    """The same among LENGTHS."""
+    mantissa, exponent = math.frexp(length)
+    if exponent < 1:
+        return 0, 0.0
+    if exponent >= OCTAVES:
+        return OCTAVES - 2, 1.0
+    return exponent - 1, 2.0 * mantissa - 1.0
+
+
+@njit
+def measured_factors(lookups: IntArray, factors: FloatArray, features: FloatArray) -> FloatArray:
+    """[K, N]: what the formula's time of each operator is to be multiplied by."""
+    operators, steps = lookups.shape[0], features.shape[1]
+    found = np.ones((operators, steps))
+    places, shares = np.empty(features.shape, np.int64), np.empty(features.shape)
+    placed = np.zeros(features.shape[0], np.bool_)
+    for k in range(operators):
+        units, amount, start = lookups[k]
+        if units < 0:
+            continue
+        if not placed[units]:
+            placed[units] = True
+            for n in range(steps):
+                if n > 0 and features[units, n] == features[units, n - 1]:
+                    places[units, n], shares[units, n] = places[units, n - 1], shares[units, n - 1]
+                else:
+                    places[units, n], shares[units, n] = place_among_units(features[units, n])
+        for n in range(steps):
+            i, share = places[units, n], shares[units, n]
+            if amount < 0:
+                low, high = factors[start + i], factors[start + i + 1]
+            else:
+                j, part = place_among_lengths(features[amount, n] / max(features[units, n], 1.0))
+                at = start + i * OCTAVES + j
+                low = factors[at] + part * (factors[at + 1] - factors[at])
+                at += OCTAVES
+                high = factors[at] + part * (factors[at + 1] - factors[at])
+            found[k, n] = low + share * (high - low)
+    return found
+
+
+@njit
+def _times(
     coefficients: FloatArray,
     per_operator: FloatArray,
     by_sms: FloatArray,
     features: FloatArray,
     sms: IntArray,
+    measured: FloatArray,
 ) -> Times:
-    """Times in ms of N steps alone, ``features`` [F, N] on ``sms`` [N] SMs.
-
-    Returns by operator [K, N] the compute time, the memory time, the memory time at the
-    whole GPU's bandwidth, and compute and memory combined; and the total [N].
-    """
+    """``step_times`` where the measured factors [K, N] are known."""
     operators, steps = per_operator.shape[1], sms.size
     rows = coefficients.shape[0]
     work = np.zeros((rows, steps))
@@ -95,39 +167,37 @@ def step_times(
         columns, wave_ms, unoverlapped = per_operator[:3, k]
         for n in range(steps):
             per_sm, per_compute, per_bandwidth, wave_scale = by_sms[:, sms[n]]
+            factor = measured[k, n]
             waves = np.ceil(np.ceil(work[operators + k, n]) * columns * per_sm)
             compute[k, n] = work[k, n] * per_compute + waves * wave_ms * wave_scale
-            memory[k, n] = work[2 * operators + k, n] * per_bandwidth
+            compute[k, n] *= factor
+            memory[k, n] = work[2 * operators + k, n] * per_bandwidth * factor
             busy[k, n] = combined(compute[k, n], memory[k, n], unoverlapped)
-            total[n] += busy[k, n]
+            total[n] += busy[k, n] + work[3 * operators + k, n] * factor
     return compute, memory, work[2 * operators : 3 * operators], busy, total
 
 
 @njit
-def pair_totals(
-    coefficients: FloatArray,
+def _pair_totals(
     per_operator: FloatArray,
-    by_sms: FloatArray,
-    features: FloatArray,
-    sms: IntArray,
+    compute: FloatArray,
+    memory: FloatArray,
+    bus: FloatArray,
+    busy: FloatArray,
+    alone: FloatArray,
 ) -> FloatArray:
-    """Times in ms of N steps side by side with N others: 2 N steps in, 2 N times out.
-
-    Step n and step N + n share the memory bus; see ``Roofline.pair_ms``.
-    """
-    compute, memory, bus, busy, alone = step_times(
-        coefficients, per_operator, by_sms, features, sms
-    )
-    operators, pairs = per_operator.shape[1], sms.size // 2
+    """``pair_totals`` where the times alone are known."""
+    operators, pairs = per_operator.shape[1], alone.size // 2
     total = alone.copy()
     for n in range(2 * pairs):
         other = n + pairs if n < pairs else n - pairs
         beside = 0.0
         for k in range(operators):
-            beside += bus[k, other]
+            # What is faster than memory allows was read from a cache, and not over the bus.
+            beside += min(bus[k, other], busy[k, other])
         beside /= max(alone[other], TINY_MS)
         for k in range(operators):
-            demand = bus[k, n] / max(busy[k, n], TINY_MS) + beside
+            demand = min(bus[k, n] / max(busy[k, n], TINY_MS), 1.0) + beside
             if demand > 1.0:
                 growth = 1.0 + per_operator[3, k] * (demand - 1.0)
                 slowed = combined(compute[k, n], memory[k, n] * growth, per_operator[2, k])
@@ -136,10 +206,50 @@ def pair_totals(
 
 
 @njit
+def step_times(
+    coefficients: FloatArray,
+    per_operator: FloatArray,
+    by_sms: FloatArray,
+    lookups: IntArray,
+    factors: FloatArray,
+    features: FloatArray,
+    sms: IntArray,
+) -> Times:
+    """Times in ms of N steps alone, ``features`` [F, N] on ``sms`` [N] SMs.
+
+    Returns by operator [K, N] the compute time, the memory time, the memory time at the
+    whole GPU's bandwidth, and compute and memory combined; and the total [N].
+    """
+    measured = measured_factors(lookups, factors, features)
+    return _times(coefficients, per_operator, by_sms, features, sms, measured)
+
+
+@njit
+def pair_totals(
+    coefficients: FloatArray,
+    per_operator: FloatArray,
+    by_sms: FloatArray,
+    lookups: IntArray,
+    factors: FloatArray,
+    features: FloatArray,
+    sms: IntArray,
+) -> FloatArray:
+    """Times in ms of N steps side by side with N others: 2 N steps in, 2 N times out.
+
+    Step n and step N + n share the memory bus; see ``Roofline.pair_ms``.
+    """
+    measured = measured_factors(lookups, factors, features)
+    times = _times(coefficients, per_operator, by_sms, features, sms, measured)
+    return _pair_totals(per_operator, *times)
+
+
+@njit
 def plan_totals(
     coefficients: FloatArray,
     per_operator: FloatArray,
     by_sms: FloatArray,
+    lookups: IntArray,
+    factors: FloatArray,
     decode: Features,
     prefill: Features,
     decode_sms: IntArray,
@@ -163,15 +273,18 @@ def plan_totals(
         features[f, 1], features[f, 2] = prefill[f], decode[f]
     features[_STEP, 0] = 1
     features[_EXPERTS, 0] = -num_experts * np.expm1(features[_TOKENS, 0] * log_miss)
-    alone = step_times(coefficients, per_operator, by_sms, features, sms)[4]
+    measured = measured_factors(lookups, factors, features)
+    alone = _times(coefficients, per_operator, by_sms, features, sms, measured)[4]
     lane_features, sms = np.empty((len(decode), 2 * splits)), np.empty(2 * splits, np.int64)
+    lane_measured = np.empty((lookups.shape[0], 2 * splits))
     for s in range(splits):
         if not 0 < decode_sms[s] < num_sms:
             raise ValueError("a decode lane must have some of the SMs, and not all")
         lane_features[:, s], lane_features[:, splits + s] = features[:, 2], features[:, 1]
+        lane_measured[:, s], lane_measured[:, splits + s] = measured[:, 2], measured[:, 1]
         sms[s], sms[splits + s] = decode_sms[s], num_sms - decode_sms[s]
-    lanes = pair_totals(coefficients, per_operator, by_sms, lane_features, sms)
-    return np.concatenate((alone, lanes))
+    times = _times(coefficients, per_operator, by_sms, lane_features, sms, lane_measured)
+    return np.concatenate((alone, _pair_totals(per_operator, *times)))
 
 
 @njit
@@ -179,10 +292,13 @@ def capped_totals(
     coefficients: FloatArray,
     per_operator: FloatArray,
     by_sms: FloatArray,
+    lookups: IntArray,
+    factors: FloatArray,
     decode: Features,
     prefills: IntArray,
     sizes: IntArray,
     window: int,
+    chunked: bool,
     num_experts: float,
     log_miss: float,
 ) -> FloatArray:
@@ -210,7 +326,14 @@ def capped_totals(
             features[_PREFILL_TOKENS, n] += q
             features[_PREFILL_PAIRS, n] += q * (c + (q + 1) / 2)
             features[_PREFILL_KV_TOKENS, n] += c + q
-            if window:
+            if window and chunked:
+                first = c % window
+                last = first + q
+                rest = last % window
+                pairs = last // window * (window * (window + 1) / 2) + rest * (rest + 1) / 2
+                features[_PREFILL_WINDOW_PAIRS, n] += pairs - first * (first + 1) / 2
+                features[_PREFILL_WINDOW_KV_TOKENS, n] += last
+            elif window:
                 a = min(max(window - c, 0), q)
                 features[_PREFILL_WINDOW_PAIRS, n] += a * (c + (a + 1) / 2) + (q - a) * window
                 features[_PREFILL_WINDOW_KV_TOKENS, n] += min(c + q, q + window - 1)
@@ -218,5 +341,6 @@ def capped_totals(
         found[1, n] = features[_PREFILL_TOKENS, n]
         found[2, n] = features[_PREFILL_PAIRS, n]
     sms = np.full(sizes.size, by_sms.shape[1] - 1)
-    found[0] = step_times(coefficients, per_operator, by_sms, features, sms)[4]
+    measured = measured_factors(lookups, factors, features)
+    found[0] = _times(coefficients, per_operator, by_sms, features, sms, measured)[4]
     return found

@@ -1,25 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer sizes of a model, read from its Hugging Face config.
-
-An architecture, quantization or missing key that this file does not know is an
-error, never a guess: a wrong shape gives a forecast that looks fine and is not.
-"""
+"""What the roofline knows of a model: its sizes, and what follows from them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from vllm_duet.roofline.hf_config import shape_fields
+from vllm_duet.roofline.layer_shapes import (
+    ExpertShape,
+    HeadShape,
+    IndexerShape,
+    LatentShape,
+    LinearAttentionShape,
+)
 
 WEIGHT_BYTES: Mapping[str, float] = {
     "bfloat16": 2.0,
     "float16": 2.0,
     "fp8": 1.0,
     "int8": 1.0,
+    # A 32-bit scale for each block of 128 by 128.
+    "fp8_block": 1.0 + 4.0 / 128**2,
+    # Four bits, and an 8-bit scale for each group of 16.
+    "nvfp4": 0.5 + 1.0 / 16,
     # Four bits, and a 16-bit scale for each group of 128.
     "int4": 0.5 + 2.0 / 128,
+    # Four bits, and an 8-bit scale for each block of 32. Source: OCP Microscaling Formats 1.0.
+    "mxfp4": 0.5 + 1.0 / 32,
 }
 """Bytes of one weight in memory, its share of the scales included."""
 
@@ -32,45 +42,12 @@ KV_BYTES: Mapping[str, float] = {
 }
 """Bytes of one element of the KV cache."""
 
+STATE_BYTES: Mapping[str, float] = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+"""Bytes of one element of a linear-attention state."""
 
-class UnsupportedArchitectureError(ValueError):
-    """The config names an architecture or quantization whose cost is not modelled."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertShape:
-    """The mixture-of-experts MLP of ``num_layers`` of the model's layers.
-
-    Each token visits ``experts_per_token`` of ``num_experts`` experts of width
-    ``intermediate_size``, and one shared expert of width
-    ``shared_intermediate_size`` (0: none).
-    """
-
-    num_layers: int
-    num_experts: int
-    experts_per_token: int
-    intermediate_size: int
-    shared_intermediate_size: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LatentShape:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cache keeps
-    ``kv_lora_rank + rope_head_dim`` elements a token for all heads together.
-
-    ``q_lora_rank`` is 0 where queries are projected directly.
-    """
-
-    q_lora_rank: int
-    kv_lora_rank: int
-    nope_head_dim: int
-    rope_head_dim: int
-    v_head_dim: int
-
-    @property
-    def cache_dim(self) -> int:
-        """Cached elements of one token in one layer."""
-        return self.kv_lora_rank + self.rope_head_dim
+PACKED_LATENT_BYTES = 656
+"""Bytes of a cached token of sparse latent attention in fp8: 512 elements, four 32-bit scales,
+and 64 elements of rotary embedding in 16 bits. Source: vLLM's cache dtype fp8_ds_mla."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +55,18 @@ class ModelShape:
     """What the roofline needs to know of a decoder: sizes, dtypes, sharding.
 
     Sizes are the whole model's; the ``local_*`` properties, ``weight_bytes`` and
-    ``kv_bytes_per_token`` are those of one tensor-parallel rank. ``num_layers``
-    splits into ``num_window_layers``, whose attention sees the last
-    ``sliding_window`` tokens, and layers that see everything. MLP layers are
-    dense, but for ``experts.num_layers`` of them.
+    ``kv_bytes_per_token`` are those of one tensor-parallel rank.
+
+    ``num_layers`` counts residual blocks. ``attention_layers``, ``dense_layers`` (dense MLPs) and
+    ``rope_layers`` are for models whose blocks are not all of one attention and one MLP; None is
+    what that gives: attention in each layer but the linear-attention ones, a dense MLP in each
+    without experts, and rotary embedding wherever there is attention.
+
+    Attention splits into ``num_window_layers``, which see at most ``sliding_window`` tokens, and
+    layers that see everything. Those tokens are the last ones, with ``chunked_window`` those
+    since the last multiple of the window (Llama 4), and with an ``indexer`` those that it chose.
+    ``full_heads`` are the heads of the layers that see everything, where they differ (Gemma 4).
+    With ``output_gate`` attention's output is multiplied by a projection as wide (Qwen3-Next).
     """
 
     architecture: str
@@ -103,12 +88,22 @@ class ModelShape:
     num_window_layers: int = 0
     experts: ExpertShape | None = None
     latent: LatentShape | None = None
+    indexer: IndexerShape | None = None
+    linear_attention: LinearAttentionShape | None = None
+    attention_layers: int | None = None
+    dense_layers: int | None = None
+    rope_layers: int | None = None
+    full_heads: HeadShape | None = None
+    chunked_window: bool = False
+    output_gate: bool = False
+    gated_mlp: bool = True
 
     def __post_init__(self) -> None:
         for name, value, table in (
             ("activation_dtype", self.activation_dtype, ("bfloat16", "float16")),
             ("weight_dtype", self.weight_dtype, WEIGHT_BYTES),
             ("kv_dtype", self.kv_dtype, KV_BYTES),
+            ("state_dtype", self._state_dtype, STATE_BYTES),
         ):
             if value not in table:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(table)}")
@@ -117,8 +112,15 @@ class ModelShape:
             raise ValueError(f"tensor_parallel_size must be at least 1, not {tp}")
         if self.num_heads % tp:
             raise ValueError(f"{self.num_heads} attention heads do not divide over {tp} ranks")
-        if self.num_kv_heads % tp and tp % self.num_kv_heads:
-            raise ValueError(f"{self.num_kv_heads} KV heads do not divide over {tp} ranks")
+        for _, heads in self.head_groups:
+            if heads.num_kv_heads % tp and tp % heads.num_kv_heads:
+                raise ValueError(f"{heads.num_kv_heads} KV heads do not divide over {tp} ranks")
+        linear = self.linear_attention
+        if linear and (linear.num_heads % tp or linear.num_key_heads % tp):
+            raise ValueError(
+                f"linear attention with {linear.num_heads} heads and {linear.num_key_heads} key"
+                f" heads does not divide over {tp} ranks"
+            )
         widths = [self.intermediate_size] if self.num_dense_layers else []
         if self.experts:
             widths += [self.experts.intermediate_size, self.experts.shared_intermediate_size]
@@ -137,6 +139,7 @@ class ModelShape:
     ) -> ModelShape:
         """Read a Hugging Face config: a dict, a config.json, or the folder of one.
 
+        Of a multimodal model it is the text model alone; drafting (MTP) layers do not count.
         ``weight_dtype`` (a key of WEIGHT_BYTES) overrides the config's own dtype
         or quantization; ``kv_dtype`` (a key of KV_BYTES, or "auto") defaults to
         the activations' dtype, as in vLLM.
@@ -147,61 +150,44 @@ class ModelShape:
                 do not divide over the ranks.
             OSError: the path cannot be read.
         """
-        raw = _load(config)
-        names = raw.get("architectures") or []
-        name = str(names[0]) if names else "(none given)"
-        family = _FAMILIES.get(name)
-        if family is None:
-            raise UnsupportedArchitectureError(
-                f"architecture {name} is not supported by the roofline;"
-                f" supported are {', '.join(sorted(_FAMILIES))}"
-            )
-        if raw.get("text_config"):
-            raw = {**raw, **raw["text_config"]}
-        read = _Reader(name, raw)
+        fields = shape_fields(config, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
+        return cls(**fields, tensor_parallel_size=tensor_parallel_size)
 
-        activation_dtype = _activation_dtype(read)
-        heads = read.integer("num_attention_heads")
-        num_layers = read.integer("num_hidden_layers")
-        latent = _latent(read) if family.latent else None
-        if latent:
-            head_dim = latent.nope_head_dim + latent.rope_head_dim
-        elif family.explicit_head_dim or raw.get("head_dim"):
-            head_dim = read.integer("head_dim")
-        else:
-            head_dim = read.integer("hidden_size") // heads
-        windows = _window_layers(read, family, num_layers)
-        return cls(
-            architecture=name,
-            hidden_size=read.integer("hidden_size"),
-            num_layers=num_layers,
-            vocab_size=read.integer("vocab_size"),
-            num_heads=heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=head_dim,
-            intermediate_size=read.integer("intermediate_size"),
-            tied_embeddings=bool(raw.get("tie_word_embeddings", family.tied_by_default)),
-            activation_dtype=activation_dtype,
-            weight_dtype=weight_dtype or _weight_dtype(read) or activation_dtype,
-            kv_dtype=activation_dtype if kv_dtype in (None, "auto") else str(kv_dtype),
-            tensor_parallel_size=tensor_parallel_size,
-            norms_per_layer=family.norms_per_layer,
-            qk_norm=family.qk_norm,
-            sliding_window=read.integer("sliding_window") if windows else None,
-            num_window_layers=windows,
-            experts=_EXPERTS[family.experts](read, num_layers) if family.experts else None,
-            latent=latent,
-        )
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers with attention over a KV cache."""
+        if self.attention_layers is not None:
+            return self.attention_layers
+        linear = self.linear_attention
+        return self.num_layers - (linear.num_layers if linear else 0)
+
+    @property
+    def num_rope_layers(self) -> int:
+        """Attention layers with rotary embedding."""
+        return self.num_attention_layers if self.rope_layers is None else self.rope_layers
 
     @property
     def num_full_layers(self) -> int:
         """Layers whose attention sees the whole context."""
-        return self.num_layers - self.num_window_layers
+        return self.num_attention_layers - self.num_window_layers
 
     @property
     def num_dense_layers(self) -> int:
         """Layers with one dense MLP."""
+        if self.dense_layers is not None:
+            return self.dense_layers
         return self.num_layers - (self.experts.num_layers if self.experts else 0)
+
+    @property
+    def head_groups(self) -> tuple[tuple[int, HeadShape], ...]:
+        """Attention layers by the heads they have: how many, and which heads.
+
+        One group, or with ``full_heads`` two: those with a sliding window, then the others.
+        """
+        heads = HeadShape(self.num_kv_heads, self.head_dim)
+        if self.full_heads is None:
+            return ((self.num_attention_layers, heads),)
+        return ((self.num_window_layers, heads), (self.num_full_layers, self.full_heads))
 
     @property
     def local_heads(self) -> int:
@@ -211,7 +197,11 @@ class ModelShape:
     @property
     def local_kv_heads(self) -> int:
         """KV heads of one rank; replicated where there are fewer heads than ranks."""
-        return max(1, self.num_kv_heads // self.tensor_parallel_size)
+        return self.local_share(self.num_kv_heads)
+
+    def local_share(self, num_heads: int) -> int:
+        """One rank's share of ``num_heads``, which are replicated where ranks are more."""
+        return max(1, num_heads // self.tensor_parallel_size)
 
     @property
     def local_vocab_size(self) -> int:
@@ -239,210 +229,197 @@ class ModelShape:
 
     @property
     def compute_dtype(self) -> str:
-        """What the linear layers multiply in: int4 weights are expanded first."""
-        return self.weight_dtype if self.weight_dtype in ("fp8", "int8") else self.activation_dtype
+        """What the linear layers multiply in."""
+        return self.multiplied_in(self.weight_dtype)
+
+    def multiplied_in(self, weight_dtype: str) -> str:
+        """What weights multiply in: int4 and mxfp4 are expanded first."""
+        narrow = {"fp8": "fp8", "fp8_block": "fp8", "int8": "int8", "nvfp4": "nvfp4"}
+        return narrow.get(weight_dtype, self.activation_dtype)
+
+    @property
+    def expert_dtype(self) -> str:
+        """The routed experts' weight dtype."""
+        return (self.experts and self.experts.weight_dtype) or self.weight_dtype
+
+    @property
+    def cached_bytes(self) -> float:
+        """KV cache bytes of one token in one layer of latent attention, on each rank."""
+        if self.latent is None:
+            raise ValueError(f"{self.architecture} has no latent attention")
+        if self.indexer and self.kv_element_bytes == 1:
+            return PACKED_LATENT_BYTES
+        return self.latent.cache_dim * self.kv_element_bytes
 
     @property
     def kv_bytes_per_token(self) -> float:
         """KV cache bytes of one token over all layers, on one rank.
 
         Sliding-window layers count in full: they too hold a token until it
-        leaves the window. Latent attention caches the same on every rank.
+        leaves the window. Latent attention, and an indexer, cache the same on every rank.
+        Linear-attention layers have ``state_bytes_per_request`` instead.
         """
-        elements = self.latent.cache_dim if self.latent else 2 * self.local_kv_heads * self.head_dim
-        return elements * self.num_layers * self.kv_element_bytes
+        if self.latent:
+            indexer = self.indexer
+            index = indexer.num_layers * indexer.cache_bytes if indexer else 0
+            return self.num_attention_layers * self.cached_bytes + index
+        return self.kv_element_bytes * sum(
+            layers * 2 * self.local_share(heads.num_kv_heads) * heads.head_dim
+            for layers, heads in self.head_groups
+        )
+
+    @property
+    def state_bytes_per_request(self) -> float:
+        """Bytes that the linear-attention layers keep of one request, on one rank."""
+        linear = self.linear_attention
+        if linear is None:
+            return 0.0
+        return linear.num_layers * (self.state_bytes + self.conv_state_bytes)
+
+    @property
+    def state_bytes(self) -> float:
+        """The recurrent state of one request in one linear-attention layer, on one rank."""
+        linear = self.linear_attention
+        if linear is None:
+            return 0.0
+        elements = self.local_share(linear.num_heads) * linear.value_dim * linear.key_dim
+        return elements * STATE_BYTES[linear.state_dtype]
+
+    @property
+    def conv_state_bytes(self) -> float:
+        """The last ``conv_width - 1`` tokens that a convolution keeps, in one layer."""
+        linear = self.linear_attention
+        if linear is None:
+            return 0.0
+        return (linear.conv_width - 1) * self.local_conv_dim * self.activation_bytes
+
+    @property
+    def local_conv_dim(self) -> int:
+        """Columns of keys, queries and values of a linear-attention layer, on one rank."""
+        linear = self.linear_attention
+        if linear is None:
+            return 0
+        keys = self.local_share(linear.num_key_heads) * linear.key_dim
+        return 2 * keys + self.local_share(linear.num_heads) * linear.value_dim
+
+    @property
+    def _state_dtype(self) -> str:
+        return self.linear_attention.state_dtype if self.linear_attention else "float32"
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of the weight matrices on one rank.
 
-        Norms and biases, below 0.1 % together, are left out. Embedding, lm_head
-        and routers stay in the activations' dtype under quantization.
+        Norms and biases, below 0.1 % together, are left out. Embedding, lm_head, routers and the
+        indexer's keys stay in the activations' dtype under quantization.
         """
-        linear = self.num_layers * self._attention_weights
-        linear += self.num_dense_layers * self._mlp_weights(self.intermediate_size)
-        plain = self.local_vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        if self.experts:
-            experts = self.experts
-            each = experts.num_experts * self._mlp_weights(experts.intermediate_size)
-            each += self._mlp_weights(experts.shared_intermediate_size)
-            linear += experts.num_layers * each
-            plain += experts.num_layers * self.hidden_size * experts.num_experts
-        return linear * self.weight_element_bytes + plain * self.activation_bytes
+        plain = self._plain_weights + self.local_vocab_size * self.hidden_size * (
+            1 if self.tied_embeddings else 2
+        )
+        return (
+            self._linear_weights * self.weight_element_bytes
+            + self._expert_weights * WEIGHT_BYTES[self.expert_dtype]
+            + plain * self.activation_bytes
+        )
 
-    def _mlp_weights(self, intermediate_size: int) -> int:
-        return 3 * self.hidden_size * self.local_width(intermediate_size)
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, norms and biases left out."""
+        whole = replace(self, tensor_parallel_size=1)
+        return (
+            whole._linear_weights
+            + whole._expert_weights
+            + whole._plain_weights
+            + self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        )
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Weights that a token is multiplied with: k of E experts; not the embedding, which is
+        looked up, though many publishers count it."""
+        whole = replace(self, tensor_parallel_size=1)
+        active = whole._linear_weights + whole._plain_weights + self.vocab_size * self.hidden_size
+        if self.experts:
+            share = self.experts.experts_per_token / self.experts.num_experts
+            active += round(whole._expert_weights * share)
+        return active
+
+    def mlp_weights(self, intermediate_size: int, hidden_size: int | None = None) -> int:
+        """Elements of one MLP on one rank: gate, up and down, or up and down."""
+        matrices = 3 if self.gated_mlp else 2
+        return matrices * (hidden_size or self.hidden_size) * self.local_width(intermediate_size)
+
+    @property
+    def _linear_weights(self) -> int:
+        """Elements in ``weight_dtype``, all but the routed experts."""
+        found = self.num_dense_layers * self.mlp_weights(self.intermediate_size)
+        found += self._attention_weights + self._linear_attention_weights
+        if experts := self.experts:
+            shared = self.mlp_weights(experts.shared_intermediate_size)
+            latent = 2 * self.hidden_size * experts.latent_size
+            found += experts.num_layers * (shared + latent)
+        return found
+
+    @property
+    def _expert_weights(self) -> int:
+        """Elements of the routed experts."""
+        if not (experts := self.experts):
+            return 0
+        each = self.mlp_weights(experts.intermediate_size, experts.latent_size)
+        return experts.num_layers * experts.num_experts * each
+
+    @property
+    def _plain_weights(self) -> int:
+        """Elements that stay in the activations' dtype, but embedding and lm_head."""
+        found = 0
+        if experts := self.experts:
+            columns = experts.num_experts + experts.shared_gate
+            found += experts.num_layers * self.hidden_size * columns
+        if indexer := self.indexer:
+            columns = indexer.head_dim + indexer.num_heads
+            found += indexer.num_layers * self.hidden_size * columns
+        if linear := self.linear_attention:
+            found += linear.num_layers * linear.conv_width * self.local_conv_dim
+            if linear.kind == "gated_delta":
+                gates = 2 * self.local_share(linear.num_heads)
+                found += linear.num_layers * self.hidden_size * gates
+        return found
+
+    @property
+    def _linear_attention_weights(self) -> int:
+        if not (linear := self.linear_attention):
+            return 0
+        value = self.local_share(linear.num_heads) * linear.value_dim
+        return linear.num_layers * self.hidden_size * (self.linear_attention_columns + value)
+
+    @property
+    def linear_attention_columns(self) -> int:
+        """What a linear-attention layer projects the hidden state to in one product: keys, queries,
+        values and as many elements of a gate; in Mamba2 also a step size for each head."""
+        if not (linear := self.linear_attention):
+            return 0
+        heads = self.local_share(linear.num_heads)
+        steps = heads if linear.kind == "mamba2" else 0
+        return self.local_conv_dim + heads * linear.value_dim + steps
 
     @property
     def _attention_weights(self) -> int:
         hidden, heads = self.hidden_size, self.local_heads
         if not self.latent:
-            return hidden * self.head_dim * (2 * heads + 2 * self.local_kv_heads)
+            queries = (3 if self.output_gate else 2) * heads
+            return sum(
+                layers * hidden * g.head_dim * (queries + 2 * self.local_share(g.num_kv_heads))
+                for layers, g in self.head_groups
+            )
         m = self.latent
         query_in = m.q_lora_rank or hidden
-        return (
+        each = (
             hidden * (m.q_lora_rank + m.cache_dim)
             + query_in * heads * self.head_dim
             + m.kv_lora_rank * heads * (m.nope_head_dim + m.v_head_dim)
             + heads * m.v_head_dim * hidden
         )
-
-
-class _Reader:
-    """A config whose missing keys are reported with the architecture's name."""
-
-    def __init__(self, architecture: str, raw: Mapping[str, Any]) -> None:
-        self.architecture = architecture
-        self.raw = raw
-
-    def integer(self, key: str) -> int:
-        value = self.raw.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            found = "is missing" if value is None else f"is {value!r}"
-            raise ValueError(f"{self.architecture} needs an integer {key!r}, which {found}")
-        return value
-
-
-def _load(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
-    if isinstance(config, Mapping):
-        return config
-    path = Path(config)
-    if path.is_dir():
-        path = path / "config.json"
-    loaded = json.loads(path.read_text())
-    return loaded if isinstance(loaded, dict) else {}
-
-
-def _activation_dtype(read: _Reader) -> str:
-    given = str(read.raw.get("dtype") or read.raw.get("torch_dtype") or "float32")
-    given = given.removeprefix("torch.")
-    # vLLM runs a float32 checkpoint in 16 bits too.
-    return "bfloat16" if given == "float32" else given
-
-
-def _weight_dtype(read: _Reader) -> str | None:
-    quantization = read.raw.get("quantization_config")
-    if not quantization:
-        return None
-    method = quantization.get("quant_method")
-    if method == "fp8":
-        return "fp8"
-    if method in ("awq", "gptq") and quantization.get("bits") == 4:
-        return "int4"
-    if method == "compressed-tensors":
-        groups: dict[str, Any] = quantization.get("config_groups") or {}
-        group: dict[str, Any] = next(iter(groups.values()), {})
-        weights = group.get("weights") or {}
-        kind = (weights.get("type"), weights.get("num_bits"))
-        if kind == ("float", 8):
-            return "fp8"
-        if kind == ("int", 8) and group.get("input_activations"):
-            return "int8"
-        if kind == ("int", 4):
-            return "int4"
-    raise UnsupportedArchitectureError(
-        f"quantization {method!r} of {read.architecture} is not supported in this form; supported"
-        " are fp8, 4-bit awq and gptq, and compressed-tensors with fp8, int8 or int4 weights"
-    )
-
-
-def _latent(read: _Reader) -> LatentShape:
-    return LatentShape(
-        q_lora_rank=int(read.raw.get("q_lora_rank") or 0),
-        kv_lora_rank=read.integer("kv_lora_rank"),
-        nope_head_dim=read.integer("qk_nope_head_dim"),
-        rope_head_dim=read.integer("qk_rope_head_dim"),
-        v_head_dim=read.integer("v_head_dim"),
-    )
-
-
-def _window_layers(read: _Reader, family: _Family, num_layers: int) -> int:
-    """How many layers attend to a sliding window only."""
-    raw = read.raw
-    if not raw.get("sliding_window") or family.windows == "none":
-        return 0
-    if family.windows == "upper" and not raw.get("use_sliding_window"):
-        return 0
-    if layer_types := raw.get("layer_types"):
-        return sum(kind == "sliding_attention" for kind in layer_types)
-    if family.windows == "upper":
-        return max(0, num_layers - read.integer("max_window_layers"))
-    if family.windows == "alternate":
-        return (num_layers + 1) // 2
-    if family.windows == "pattern":
-        return num_layers - num_layers // read.integer("sliding_window_pattern")
-    return num_layers
-
-
-def _mixtral_experts(read: _Reader, num_layers: int) -> ExpertShape:
-    return ExpertShape(
-        num_layers=num_layers,
-        num_experts=read.integer("num_local_experts"),
-        experts_per_token=read.integer("num_experts_per_tok"),
-        intermediate_size=read.integer("intermediate_size"),
-    )
-
-
-def _qwen_experts(read: _Reader, num_layers: int) -> ExpertShape:
-    step = read.raw.get("decoder_sparse_step", 1)
-    dense = set(read.raw.get("mlp_only_layers") or ())
-    sparse = [i for i in range(num_layers) if i not in dense and (i + 1) % step == 0]
-    return ExpertShape(
-        num_layers=len(sparse),
-        num_experts=read.integer("num_experts"),
-        experts_per_token=read.integer("num_experts_per_tok"),
-        intermediate_size=read.integer("moe_intermediate_size"),
-        shared_intermediate_size=int(read.raw.get("shared_expert_intermediate_size") or 0),
-    )
-
-
-def _deepseek_experts(read: _Reader, num_layers: int) -> ExpertShape:
-    first, every = read.integer("first_k_dense_replace"), read.raw.get("moe_layer_freq", 1)
-    width = read.integer("moe_intermediate_size")
-    return ExpertShape(
-        num_layers=sum(i >= first and i % every == 0 for i in range(num_layers)),
-        num_experts=read.integer("n_routed_experts"),
-        experts_per_token=read.integer("num_experts_per_tok"),
-        intermediate_size=width,
-        shared_intermediate_size=width * int(read.raw.get("n_shared_experts") or 0),
-    )
-
-
-_EXPERTS = {"mixtral": _mixtral_experts, "qwen": _qwen_experts, "deepseek": _deepseek_experts}
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What an architecture's name implies beyond the keys of its config.
-
-    ``windows`` says which layers have a sliding window where the config has no
-    ``layer_types``: all; the upper ones from max_window_layers; every other one;
-    all but each sliding_window_pattern-th.
-    """
-
-    windows: Literal["none", "all", "upper", "alternate", "pattern"] = "none"
-    norms_per_layer: int = 2
-    qk_norm: bool = False
-    explicit_head_dim: bool = False
-    tied_by_default: bool = False
-    experts: str | None = None
-    latent: bool = False
-
-
-_GEMMA3 = _Family("pattern", 4, qk_norm=True, explicit_head_dim=True, tied_by_default=True)
-_FAMILIES: Mapping[str, _Family] = {
-    "LlamaForCausalLM": _Family(),
-    "MistralForCausalLM": _Family("all"),
-    "Phi3ForCausalLM": _Family("all"),
-    "Qwen2ForCausalLM": _Family("upper"),
-    "Qwen3ForCausalLM": _Family("upper", qk_norm=True, explicit_head_dim=True),
-    "GemmaForCausalLM": _Family(explicit_head_dim=True, tied_by_default=True),
-    "Gemma2ForCausalLM": _Family("alternate", 4, explicit_head_dim=True, tied_by_default=True),
-    "Gemma3ForCausalLM": _GEMMA3,
-    "Gemma3ForConditionalGeneration": _GEMMA3,
-    "MixtralForCausalLM": _Family("all", experts="mixtral"),
-    "Qwen2MoeForCausalLM": _Family("upper", experts="qwen"),
-    "Qwen3MoeForCausalLM": _Family("upper", qk_norm=True, explicit_head_dim=True, experts="qwen"),
-    "DeepseekV2ForCausalLM": _Family(experts="deepseek", latent=True),
-    "DeepseekV3ForCausalLM": _Family(experts="deepseek", latent=True),
-}
+        found = self.num_attention_layers * each
+        if indexer := self.indexer:
+            found += indexer.num_layers * query_in * indexer.num_heads * indexer.head_dim
+        return found

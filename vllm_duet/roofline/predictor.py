@@ -19,8 +19,12 @@ import numpy.typing as npt
 
 from vllm_duet.roofline.hardware import GpuProfile
 from vllm_duet.roofline.kernels import (
+    LENGTHS,
+    UNITS,
     Features,
+    Times,
     capped_totals,
+    measured_factors,
     pair_totals,
     plan_totals,
     step_times,
@@ -213,12 +217,14 @@ class Roofline:
 
     Source: design.md, "Roofline, in short", after DuetServe (arXiv 2511.04791):
     t(op) = max(FLOPs / C(S), bytes / B(S)) + overhead, summed over operators and
-    layers. Two refinements come from measured operators (see profiles/):
+    layers. Three refinements come from measured operators (see profiles/):
 
     * compute and memory time overlap only in part, t = max + u min, with
       u = ``unoverlapped``;
     * part of the compute comes in whole waves over the SMs: with W tiles, it is
-      ceil(W / S) times the time of one tile.
+      ceil(W / S) times the time of one tile;
+    * what is measured of an operator over this formula, on all SMs, is a factor of its time
+      on any number of them.
 
     Thread-safe: nothing changes after construction.
     """
@@ -245,9 +251,14 @@ class Roofline:
                     sms / (profile.num_sms * compute),
                 ]
             )
-        self._tables = (*self._compile(self.operators), by_sms)
+        self._tables = (
+            *self._compile(self.operators),
+            by_sms,
+            *self._lookups(self.operators),
+        )
         window = shape.sliding_window
         self._window = window if shape.num_window_layers else None
+        self._chunked = shape.chunked_window
         if shape.experts:
             experts = shape.experts
             miss = 1 - experts.experts_per_token / experts.num_experts
@@ -263,11 +274,14 @@ class Roofline:
         profile, count = self.profile, len(ops)
         compute, rows, memory, overhead, link = (np.zeros((count, len(FEATURES))) for _ in range(5))
         columns, wave, unoverlapped = (np.zeros((count, 1)) for _ in range(3))
-        contention = np.full((count, 1), profile.contention)
+        contention, gaps = np.full((count, 1), profile.contention), np.zeros_like(overhead)
         self._flops = np.stack([op.repeats * _vector(op.flops) for op in ops])
         self._bytes = np.stack([op.repeats * _vector(op.bytes) for op in ops])
         for k, op in enumerate(ops):
             overhead[k, _FEATURE[op.gate]] = 1e-3 * op.repeats * _overhead_us(op, profile)
+            if op.kind is not Kind.STEP and op.measured not in profile.factors:
+                # What was measured was measured between others of its kind.
+                gaps[k, _FEATURE[op.gate]] = 1e-3 * op.repeats * profile.launch_gap_us
             if op.kind is Kind.LINK:
                 link[k] = 1e3 * self._bytes[k] / profile.link_bytes_per_s
             else:
@@ -287,12 +301,25 @@ class Roofline:
                 tile_flops = 2 * profile.tile_rows * profile.tile_columns * op.depth
                 tile_ms = 1e3 * tile_flops * profile.num_sms / flops_per_s
                 wave[k] = op.repeats * whole_waves * tile_ms
-        self._overhead, self._link = overhead, link
-        fixed = (overhead + link).sum(axis=0, keepdims=True)
+        self._overhead, self._link, self._gaps = overhead, link, gaps
         return (
-            np.vstack([compute, rows, memory, fixed]),
+            np.vstack([compute, rows, memory, overhead + link, gaps.sum(axis=0)]),
             np.hstack([columns, wave, unoverlapped, contention]).T.copy(),
         )
+
+    def _lookups(self, ops: Sequence[Operator]) -> tuple[IntArray, FloatArray]:
+        """The tables ``lookups`` and ``factors`` of kernels.py."""
+        lookups, found, start = np.full((len(ops), 3), -1), [np.empty(0)], 0
+        for k, op in enumerate(ops):
+            table = self.profile.factors.get(op.measured)
+            if table is None:
+                continue
+            lengths = (LENGTHS,) if op.amount else ()
+            factors = table.at(UNITS * op.units_each, *lengths, *op.at)
+            lookups[k] = _FEATURE[op.units], _FEATURE.get(op.amount, -1), start
+            found.append(factors.ravel())
+            start += factors.size
+        return lookups, np.concatenate(found)
 
     def summarize(self, batch: Batch) -> BatchSummary:
         """The batch's statistics, with windowed ones where the model has windows."""
@@ -307,8 +334,10 @@ class Roofline:
         decode_kv = int(context.sum()) - c_sum + decodes
         decode_window_kv = window_pairs = window_kv = 0.0
         if self._window is not None:
-            seen = np.minimum(context[~is_prefill] + 1, self._window)
-            pairs_each, kv_each = _window_statistics(q, c, self._window)
+            before = context[~is_prefill]
+            seen = before % self._window + 1 if self._chunked else before + 1
+            seen = np.minimum(seen, self._window)
+            pairs_each, kv_each = _window_statistics(q, c, self._window, self._chunked)
             decode_window_kv = float(seen.sum())
             window_pairs, window_kv = float(pairs_each.sum()), float(kv_each.sum())
         if not prefills:
@@ -333,7 +362,9 @@ class Roofline:
         A scheduler asks for it at every step: sums of plain ints are faster than arrays.
         """
         count, window_kv = len(context_lens), 0
-        if self._window is not None:
+        if self._window is not None and self._chunked:
+            window_kv = sum(c % self._window + 1 for c in context_lens)
+        elif self._window is not None:
             window_kv = sum(min(c + 1, self._window) for c in context_lens)
         return BatchSummary(count, count, sum(context_lens) + count, window_kv)
 
@@ -346,7 +377,11 @@ class Roofline:
         for q, c in zip(query_lens, context_lens, strict=True):
             pairs += q * (c + (q + 1) / 2)
             kv_tokens += c + q
-            if self._window is not None:
+            if self._window is not None and self._chunked:
+                c %= self._window
+                window_pairs += _chunk_pairs(c + q, self._window) - c * (c + 1) / 2
+                window_kv_tokens += c + q
+            elif self._window is not None:
                 a = min(max(self._window - c, 0), q)  # as in _window_statistics
                 window_pairs += a * (c + (a + 1) / 2) + (q - a) * self._window
                 window_kv_tokens += min(c + q, q + self._window - 1)
@@ -375,7 +410,9 @@ class Roofline:
         window_pairs: FloatOrArray = 0.0
         window_kv: FloatOrArray = 0.0
         if self._window is not None:
-            window_pairs, window_kv = _window_statistics(chunk, context, self._window)
+            window_pairs, window_kv = _window_statistics(
+                chunk, context, self._window, self._chunked
+            )
             window_kv = window_kv * some
         return BatchSummary(
             num_sampled=some,
@@ -396,13 +433,22 @@ class Roofline:
         Raises:
             ValueError: ``num_sms`` is not within 1..the GPU's.
         """
+        times, shape = self._times(summary, num_sms)
+        return _shaped(times[4], shape)
+
+    def operator_times(self, summary: BatchSummary, num_sms: int | IntArray) -> Times:
+        """What :meth:`step_ms` adds up, as ``kernels.step_times`` returns it, steps flattened."""
+        return self._times(summary, num_sms)[0]
+
+    def _times(
+        self, summary: BatchSummary, num_sms: int | IntArray
+    ) -> tuple[Times, tuple[int, ...]]:
         values, sms = self._feature_values(summary), np.asarray(num_sms)
         shape = _common_shape(values, sms)
         features = np.empty((len(FEATURES), *shape))
         _fill(features, values)
         sms = self._checked(np.broadcast_to(sms, shape))
-        total = step_times(*self._tables, features.reshape(len(FEATURES), -1), sms)[4]
-        return _shaped(total, shape)
+        return step_times(*self._tables, features.reshape(len(FEATURES), -1), sms), shape
 
     def pair_ms(
         self,
@@ -481,6 +527,7 @@ class Roofline:
             np.array([query_lens, context_lens]),
             sizes,
             self._window or 0,
+            self._chunked,
             self._num_experts,
             self._log_miss,
         )
@@ -498,9 +545,12 @@ class Roofline:
         compute, memory, _, busy, total = step_times(
             *self._tables, features[:, None], self._checked(np.array([num_sms]))
         )
-        overhead, link, flops, moved = (
-            matrix @ features for matrix in (self._overhead, self._link, self._flops, self._bytes)
+        factors = measured_factors(*self._tables[3:], features[:, None])[:, 0]
+        overhead, link, gaps, flops, moved = (
+            matrix @ features
+            for matrix in (self._overhead, self._link, self._gaps, self._flops, self._bytes)
         )
+        overhead, link = factors * overhead + gaps, factors * link
         times = tuple(
             OperatorTime(op.name, *map(float, numbers))
             for op, *numbers in zip(
@@ -601,16 +651,13 @@ def _overhead_us(op: Operator, profile: GpuProfile) -> float:
     """Fixed cost of one run."""
     if op.kind is Kind.STEP:
         return profile.step_overhead_us
-    return (
-        profile.launch_gap_us
-        + {
-            Kind.GEMM: profile.gemm_overhead_us,
-            Kind.ATTENTION: profile.attention_overhead_us,
-            Kind.ROWWISE: profile.rowwise_overhead_us,
-            Kind.STREAM: profile.rowwise_overhead_us,
-            Kind.LINK: profile.link_latency_us,
-        }[op.kind]
-    )
+    return {
+        Kind.GEMM: profile.gemm_overhead_us,
+        Kind.ATTENTION: profile.attention_overhead_us,
+        Kind.ROWWISE: profile.rowwise_overhead_us,
+        Kind.STREAM: profile.rowwise_overhead_us,
+        Kind.LINK: profile.link_latency_us,
+    }[op.kind]
 
 
 def _lengths(name: str, given: Sequence[int] | IntArray) -> IntArray:
@@ -625,17 +672,28 @@ def _lengths(name: str, given: Sequence[int] | IntArray) -> IntArray:
 
 
 def _window_statistics(
-    query: IntArray | FloatArray, context: IntArray | FloatArray, window: int
+    query: IntArray | FloatArray, context: IntArray | FloatArray, window: int, chunked: bool
 ) -> tuple[FloatArray, FloatArray]:
-    """(pairs, KV tokens) of each request under a sliding window of w tokens.
+    """(pairs, KV tokens) of each request under a window of w tokens.
 
-    Query j = 1..q sees min(c + j, w) keys: the first a = clip(w - c, 0, q) see all,
+    Sliding: query j = 1..q sees min(c + j, w) keys: the first a = clip(w - c, 0, q) see all,
     hence pairs = a (c + (a + 1)/2) + (q - a) w. Together they read the last
-    min(c + q, q + w - 1) tokens. Source: arithmetic.
+    min(c + q, q + w - 1) tokens. Chunked: query j sees the (c + j - 1) mod w + 1 keys since the
+    last multiple of w, and together they read q + c mod w. Source: arithmetic.
     """
+    if chunked:
+        start = context % window
+        pairs = _chunk_pairs(start + query, window) - start * (start + 1) / 2
+        return pairs, (start + query).astype(np.float64)
     a = np.clip(window - context, 0, query)
     pairs = a * (context + (a + 1) / 2) + (query - a) * window
     return pairs, np.minimum(context + query, query + window - 1).astype(np.float64)
+
+
+def _chunk_pairs(tokens: Any, window: int) -> Any:
+    """Pairs of the first ``tokens``, each with those of its chunk up to itself."""
+    rest = tokens % window
+    return tokens // window * (window * (window + 1) / 2) + rest * (rest + 1) / 2
 
 
 def _common_shape(values: _Values, *sms: npt.NDArray[np.int64]) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_duet.sim import results
+from vllm_duet.sim.engine import FrontEnd
 from vllm_duet.sim.simulation import Options, Simulation
 from vllm_duet.sim.systems import SYSTEMS
-from vllm_duet.sim.traces import at_rate, read_trace
+from vllm_duet.sim.traces import at_rate, read_trace, with_prefixes
 
-__all__ = ["SYSTEMS", "Options", "simulate"]
+__all__ = ["SYSTEMS", "FrontEnd", "Options", "simulate"]
 
 
 def simulate(
-    options: Options, trace: Path, rate: float | None, num_requests: int | None, out: Path
+    options: Options,
+    trace: Path,
+    rate: float | None,
+    num_requests: int | None,
+    out: Path,
+    prefixes: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Run a trace file and write the results to ``out``; returns the summary.
+
+    ``prefixes``: tokens put before each prompt, and how many different such prefixes.
 
     Raises:
         TraceError, SimulationError, ValueError: see read_trace and Simulation.
@@ -31,6 +40,9 @@ def simulate(
     requests = read_trace(trace)[:num_requests]
     if rate is not None:
         requests = at_rate(requests, rate)
+    prefix_length, num_prefixes = prefixes
+    if prefix_length:
+        requests = with_prefixes(requests, prefix_length, num_prefixes, options.seed)
     simulation = Simulation(options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -39,5 +51,17 @@ def simulate(
     head = results.provenance(shlex.join(["vllm-duet", *sys.argv[1:]])) | results.summary(
         options, trace.stem, requests, outcome
     )
+    head |= {
+        "truth": simulation.truth,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "enable_expert_parallel": options.enable_expert_parallel,
+        "kv_dtype": simulation.shape.kv_dtype,
+        "concurrency": options.concurrency,
+        "prefixes": {"count": num_prefixes, "tokens": prefix_length} if prefix_length else None,
+        "async_scheduling": options.async_scheduling,
+        "front_end": asdict(options.front_end),
+        "host_costs": asdict(options.costs) | {"label": "measured here, on two CPU cores"},
+        "disturbances": asdict(options.disturbances) | {"label": "assumed"},
+    }
     results.write(out, head, outcome)
     return head

@@ -3,14 +3,16 @@
 
 The loop is that of ``EngineCore.step_with_batch_queue`` under asynchronous scheduling:
 up to two steps are queued, so a step is scheduled while the one before it runs, and
-what arrives meanwhile waits for the next.
+what arrives meanwhile waits for the next. Without asynchronous scheduling there is one
+step at a time, and the GPU waits while the CPU works.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vllm import SamplingParams
@@ -48,6 +50,15 @@ class CpuCosts:
     launch_ms: float = 0.3
 
 
+@dataclass(frozen=True, slots=True)
+class FrontEnd:
+    """What the API server's one thread takes before a request is with the engine: HTTP and
+    chat template for each request, and the tokenizer for each token of its prompt."""
+
+    request_ms: float = 0.0
+    token_us: float = 0.0
+
+
 @dataclass(slots=True)
 class RequestRecord:
     """One request as its client sees it; times in ms of the simulation."""
@@ -57,6 +68,54 @@ class RequestRecord:
     input_length: int
     output_length: int
     token_ms: list[float] = field(default_factory=list)
+
+
+class Arrivals:
+    """Requests as they reach the engine: sent by the trace's clock or, in a closed loop, by
+    ``concurrency`` clients that send their next when an answer is complete; then one by one
+    through the front end."""
+
+    def __init__(
+        self,
+        records: Sequence[RequestRecord],
+        requests: Iterable[Request],
+        front_end: FrontEnd,
+        concurrency: int | None,
+    ) -> None:
+        self._waiting = deque(records)
+        self._requests = iter(requests)
+        self._front_end = front_end
+        self._free_ms = 0.0
+        self._closed = concurrency is not None
+        # When each is sent that has been sent or, by the trace, will be.
+        self._sent_ms = (
+            deque(record.arrival_ms for record in records)
+            if concurrency is None
+            else deque([0.0] * min(concurrency, len(records)))
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def next_ms(self) -> float:
+        """When the next request reaches the engine; infinite while all clients wait."""
+        if not self._sent_ms:
+            return math.inf
+        cost_ms = self._front_end.request_ms
+        cost_ms += 1e-3 * self._front_end.token_us * self._waiting[0].input_length
+        return max(self._sent_ms[0], self._free_ms) + cost_ms
+
+    def until(self, now_ms: float) -> Iterator[Request]:
+        """Those that have reached the engine by now."""
+        while self._waiting and (at_ms := self.next_ms()) <= now_ms:
+            self._free_ms = at_ms
+            self._waiting.popleft().arrival_ms = self._sent_ms.popleft()
+            yield next(self._requests)
+
+    def finished(self, now_ms: float) -> None:
+        """An answer is complete."""
+        if self._closed and len(self._sent_ms) < len(self._waiting):
+            self._sent_ms.append(now_ms)
 
 
 class SimulatedClock:
@@ -92,15 +151,20 @@ class SimulatedEngine:
         clock: SimulatedClock,
         *,
         costs: CpuCosts | None = None,
+        front_end: FrontEnd | None = None,
+        queue_size: int = QUEUE_SIZE,
         join_after_lookahead: bool = False,
     ) -> None:
-        """``join_after_lookahead``: a prefill joins after as many decode steps as its
-        plan foresaw, as in the paper, and not by event."""
+        """``queue_size``: 1 without asynchronous scheduling. ``join_after_lookahead``: a
+        prefill joins after as many decode steps as its plan foresaw, as in the paper, and
+        not by event."""
         self.scheduler = scheduler
         self.gpu = gpu
         self.clock = clock
         self.num_preempted = 0
         self._costs = costs or CpuCosts()
+        self._front_end = front_end or FrontEnd()
+        self._queue_size = queue_size
         self._join_after_lookahead = join_after_lookahead
         self._queue: deque[tuple[SchedulerOutput, ModelRunnerOutput, Ran]] = deque()
         self._prefill_results: dict[int, ModelRunnerOutput] = {}
@@ -109,31 +173,35 @@ class SimulatedEngine:
         self,
         trace: Sequence[TraceRequest],
         on_finished: Callable[[RequestRecord], None] = lambda _: None,
+        concurrency: int | None = None,
     ) -> list[RequestRecord]:
-        """Serve all requests of a trace, by arrival; returns them in that order."""
+        """Serve all requests of a trace; returns them in its order.
+
+        They arrive when the trace says or, with ``concurrency``, in a closed loop of as
+        many clients, as from ``vllm bench serve --max-concurrency``.
+        """
         records = [
             RequestRecord(f"r{i}", r.arrival_ms, r.input_length, r.output_length)
             for i, r in enumerate(trace)
         ]
         by_id = {record.request_id: record for record in records}
-        waiting = zip(records, self._requests(trace), strict=True)
-        arrival = next(waiting, None)
-        while arrival or self._queue or self.scheduler.has_requests():
-            if arrival and not self._queue and not self.scheduler.has_requests():
-                self.clock.ms = max(self.clock.ms, arrival[0].arrival_ms)
-            while arrival and arrival[0].arrival_ms <= self.clock.ms:
-                self.scheduler.add_request(arrival[1])
-                arrival = next(waiting, None)
+        arrivals = Arrivals(records, self._requests(trace), self._front_end, concurrency)
+        while arrivals or self._queue or self.scheduler.has_requests():
+            if arrivals and not self._queue and not self.scheduler.has_requests():
+                self.clock.ms = max(self.clock.ms, arrivals.next_ms())
+            for request in arrivals.until(self.clock.ms):
+                self.scheduler.add_request(request)
             for request_id, count, finished in self._step():
                 record = by_id[request_id]
                 record.token_ms += [self.clock.ms] * count
                 if finished:
+                    arrivals.finished(self.clock.ms)
                     on_finished(record)
         return records
 
     def _requests(self, trace: Sequence[TraceRequest]) -> Iterator[Request]:
         init_none_hash(sha256)
-        block_hasher = get_request_block_hasher(self.scheduler.block_size, sha256)
+        block_hasher = get_request_block_hasher(self.scheduler.hash_block_size, sha256)
         for i, (request, tokens) in enumerate(zip(trace, prompts(trace), strict=True)):
             yield Request(
                 request_id=f"r{i}",
@@ -147,7 +215,7 @@ class SimulatedEngine:
     def _step(self) -> list[tuple[str, int, bool]]:
         """One turn of the loop; returns (request, new tokens, finished) of its outputs."""
         scheduler = self.scheduler
-        if len(self._queue) < QUEUE_SIZE and scheduler.has_requests():
+        if len(self._queue) < self._queue_size and scheduler.has_requests():
             output = scheduler.schedule()
             num_requests = len(output.num_scheduled_tokens)
             self.num_preempted += len(output.preempted_req_ids or ())
@@ -155,7 +223,7 @@ class SimulatedEngine:
                 self._costs.schedule_ms + num_requests * self._costs.schedule_request_ms
             )
             self._queue.append((output, *self._launch(output)))
-            if len(self._queue) < QUEUE_SIZE:
+            if len(self._queue) < self._queue_size:
                 return []
         output, result, ran = self._queue.popleft()
         num_requests = len(output.num_scheduled_tokens)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulated GPU: how long each step takes, and what overlaps what.
 
-The policy under test forecasts with a Roofline of its own. The ground truth here
-starts from the same operator terms, and adds what the policy does not know of: the
-CPU's launches, CUDA graph padding, lost time inside SM groups, more interference
-between lanes than shared bandwidth explains, and noise.
+The policy under test forecasts with a Roofline of its own. The ground truth here is what
+was measured of the model's operators (measured.py); where nothing was, it starts from the
+same operator terms as the policy. It adds what the policy does not know of: the CPU's
+launches, CUDA graph padding, lost time inside SM groups, more interference between lanes
+than shared bandwidth explains, and noise.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_duet.plan import Join, PrefillLaunch, batch_of, directive_of
 from vllm_duet.roofline import BatchSummary, Roofline
 from vllm_duet.roofline.operators import Kind
+
+if TYPE_CHECKING:  # needs pandas
+    from vllm_duet.sim.measured import MeasuredSteps
 
 LaneName = Literal["gpu", "decode", "prefill"]
 
@@ -51,11 +55,29 @@ GRAPH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 """The decode batch sizes that vLLM captures; a batch is padded to the next."""
 
 
-class GroundTruth:
-    """Times in ms of steps, without noise. Batches are lengths, as in ``plan.batch_of``."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A batch: what the roofline takes of it, and its time alone on the whole GPU in ms."""
 
-    def __init__(self, roofline: Roofline, disturbances: Disturbances) -> None:
+    summary: BatchSummary
+    whole_ms: float
+
+
+class GroundTruth:
+    """Times in ms of steps, without noise. Batches are lengths, as in ``plan.batch_of``.
+
+    On the whole GPU a step takes what ``measured`` says, and by how much fewer SMs or a
+    neighbour slow it is the roofline's ratio. Without ``measured`` all is the roofline's.
+    """
+
+    def __init__(
+        self,
+        roofline: Roofline,
+        disturbances: Disturbances,
+        measured: MeasuredSteps | None = None,
+    ) -> None:
         self.roofline = roofline
+        self.measured = measured
         self.num_sms = roofline.profile.num_sms
         self.disturbances = disturbances
         kernels = sum(op.repeats for op in roofline.operators if op.kind is not Kind.STEP)
@@ -63,15 +85,17 @@ class GroundTruth:
         # One attention and one graph for all between two of them, a layer.
         self._piecewise_ms = 2e-3 * disturbances.launch_us * roofline.shape.num_layers
 
-    def decode(self, context_lens: Sequence[int]) -> BatchSummary:
+    def decode(self, context_lens: Sequence[int]) -> Work:
         """A decode step as its CUDA graph runs it: padded."""
-        summary = self.roofline.decode_summary(context_lens)
-        at = bisect_left(GRAPH_SIZES, len(context_lens))
-        padded = GRAPH_SIZES[at] if at < len(GRAPH_SIZES) else len(context_lens)
-        return replace(summary, decode_tokens=padded)
+        count = len(context_lens)
+        at = bisect_left(GRAPH_SIZES, count)
+        padded = GRAPH_SIZES[at] if at < len(GRAPH_SIZES) else count
+        summary = replace(self.roofline.decode_summary(context_lens), decode_tokens=padded)
+        return self._work(summary, context_lens, [], [], padding=padded - count)
 
-    def prefill(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> BatchSummary:
-        return self.roofline.prefill_summary(query_lens, context_lens)
+    def prefill(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> Work:
+        summary = self.roofline.prefill_summary(query_lens, context_lens)
+        return self._work(summary, [], query_lens, context_lens)
 
     def step_ms(
         self,
@@ -81,38 +105,58 @@ class GroundTruth:
     ) -> float:
         """One step on the whole GPU: decodes, prefills, or both mixed."""
         if not query_lens:
-            return self.lane_ms(self.decode(decode_context_lens), self.num_sms)
-        summary = self.roofline.decode_summary(decode_context_lens) + self.prefill(
+            return self.decode(decode_context_lens).whole_ms
+        summary = self.roofline.decode_summary(decode_context_lens) + self.roofline.prefill_summary(
             query_lens, context_lens
         )
+        work = self._work(summary, decode_context_lens, query_lens, context_lens)
         tokens = len(decode_context_lens) + sum(query_lens)
-        return max(self.lane_ms(summary, self.num_sms), self.launch_ms(tokens))
+        return max(work.whole_ms, self.launch_ms(tokens))
+
+    def _work(
+        self,
+        summary: BatchSummary,
+        decode_context_lens: Sequence[int],
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        padding: int = 0,
+    ) -> Work:
+        if self.measured is None:
+            return Work(summary, float(self.roofline.step_ms(summary, self.num_sms)))
+        ms = self.measured.step_ms(decode_context_lens, query_lens, context_lens, padding)
+        return Work(summary, ms)
 
     def launch_ms(self, tokens: int) -> float:
         """CPU time to launch a step that is no full CUDA graph."""
         small = tokens <= self.disturbances.piecewise_tokens
         return self._piecewise_ms if small else self._eager_ms
 
-    def lane_ms(self, summary: BatchSummary, num_sms: int) -> float:
+    def lane_ms(self, work: Work, num_sms: int) -> float:
         """One batch alone on ``num_sms`` SMs."""
-        loss = 1.0 if num_sms == self.num_sms else 1 + self.disturbances.group_loss
-        return float(self.roofline.step_ms(summary, num_sms)) * loss
+        if num_sms == self.num_sms:
+            return work.whole_ms
+        alone_ms = float(self.roofline.step_ms(work.summary, num_sms))
+        return alone_ms * self._factor(work) * (1 + self.disturbances.group_loss)
 
     def pair_ms(
-        self, decode: BatchSummary, prefill: BatchSummary, decode_sms: int, prefill_sms: int
+        self, decode: Work, prefill: Work, decode_sms: int, prefill_sms: int
     ) -> tuple[float, float]:
         """Both batches for as long as they run beside each other."""
-        d, loss = self.disturbances, 1 + self.disturbances.group_loss
-        beside = self.roofline.pair_ms(decode, prefill, decode_sms, prefill_sms)
-        alone = (
-            self.roofline.step_ms(decode, decode_sms),
-            self.roofline.step_ms(prefill, prefill_sms),
-        )
-        slowed = [
-            float(a * (1 + d.shared) + d.interference * (b - a)) * loss
-            for a, b in zip(alone, beside, strict=True)
-        ]
+        d = self.disturbances
+        beside = self.roofline.pair_ms(decode.summary, prefill.summary, decode_sms, prefill_sms)
+        lanes = ((decode, decode_sms), (prefill, prefill_sms))
+        slowed = []
+        for (work, sms), beside_ms in zip(lanes, beside, strict=True):
+            alone_ms = self.roofline.step_ms(work.summary, sms)
+            ms = float(alone_ms * (1 + d.shared) + d.interference * (beside_ms - alone_ms))
+            slowed.append(ms * self._factor(work) * (1 + d.group_loss))
         return slowed[0], slowed[1]
+
+    def _factor(self, work: Work) -> float:
+        """How much slower than the roofline's the truth is."""
+        if self.measured is None:
+            return 1.0
+        return work.whole_ms / float(self.roofline.step_ms(work.summary, self.num_sms))
 
 
 @dataclass(slots=True)
@@ -133,7 +177,7 @@ class _InFlight:
     """A prefill in flight; ``left`` is the part of it that is not computed at ``at_ms``."""
 
     launch: PrefillLaunch
-    summary: BatchSummary
+    work: Work
     alone_ms: float
     noise: float
     interval: Interval
@@ -202,14 +246,14 @@ class SimulatedGpu:
     def _launch(self, launch: PrefillLaunch, start: float, join_after: int | None) -> float:
         _, query_lens, context_lens = batch_of(launch.output)
         tokens, sms = sum(query_lens), launch.prefill_sms
-        summary = self.truth.prefill(query_lens, context_lens)
+        work = self.truth.prefill(query_lens, context_lens)
         interval = Interval("prefill", "split", start, start, 0, tokens, sms)
         launch_ms = self.truth.launch_ms(tokens)
         self._prefills.append(
             _InFlight(
                 launch,
-                summary,
-                max(self.truth.lane_ms(summary, sms), launch_ms),
+                work,
+                max(self.truth.lane_ms(work, sms), launch_ms),
                 self._noise(),
                 interval,
                 start,
@@ -221,16 +265,16 @@ class SimulatedGpu:
 
     def _decode(self, start: float, decodes: list[int], sms: int) -> float:
         """A decode step on its lane, beside the prefills for as long as they last."""
-        summary = self.truth.decode(decodes)
+        work = self.truth.decode(decodes)
         noise = self._noise()
-        alone_ms = self.truth.lane_ms(summary, sms) * noise
+        alone_ms = self.truth.lane_ms(work, sms) * noise
         now, left = start, 1.0
         for prefill in self._prefills:
             self._prefill_alone_until(prefill, now)
             if prefill.left <= 0:
                 continue
             decode_ms, prefill_ms = self.truth.pair_ms(
-                summary, prefill.summary, sms, prefill.launch.prefill_sms
+                work, prefill.work, sms, prefill.launch.prefill_sms
             )
             decode_ms *= noise
             prefill_ms = max(prefill_ms, prefill.alone_ms) * prefill.noise

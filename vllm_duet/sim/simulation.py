@@ -10,30 +10,39 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 # A GPU's engine is planned here, whatever machine this is, and nothing is logged.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
 os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
-import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_duet.doctor import GPU_MEMORY_UTILIZATION
 from vllm_duet.metrics import steps_by_mode
 from vllm_duet.policy import PolicyLimits
 from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
-from vllm_duet.sim.engine import CpuCosts, RequestRecord, SimulatedClock, SimulatedEngine
+from vllm_duet.sim.engine import (
+    QUEUE_SIZE,
+    CpuCosts,
+    FrontEnd,
+    RequestRecord,
+    SimulatedClock,
+    SimulatedEngine,
+)
 from vllm_duet.sim.executor import Disturbances, GroundTruth, Interval, SimulatedGpu
-from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster
+from vllm_duet.sim.kv_cache import BLOCK_SIZE, kv_cache_config, text_model
+from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster, system_named
 from vllm_duet.sim.traces import TraceRequest
 
-BLOCK_SIZE = 16
+if TYPE_CHECKING:  # needs pandas
+    from vllm_duet.sim.measured import MeasuredSteps
+
 FIXED_BYTES = 1.0e9
 """CUDA context and graphs: an assumption."""
 
@@ -44,19 +53,37 @@ class SimulationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is simulated. ``model`` is a config.json or the folder that holds it."""
+    """What is simulated. ``model`` is a config.json or the folder that holds it.
+
+    ``ttft_slo_ms`` only says which requests are good: no scheduler is told of it.
+    ``weight_dtype`` and ``kv_dtype`` are as in ModelShape.from_hf_config.
+    ``enable_expert_parallel`` is known to the measured truth alone. ``concurrency``: a closed
+    loop of as many clients, instead of the trace's arrivals. ``truth``: where the GPU's times
+    come from; "measured" is the roofline too where nothing was measured.
+    """
 
     model: Path
     gpu: str = "h100-sxm"
     scheduler: str = "duet"
     tbt_slo_ms: float = 100.0
+    ttft_slo_ms: float = 2000.0
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 1024
     max_model_len: int | None = None
     seed: int = 0
     model_error: float = 0.0
+    tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = True
+    concurrency: int | None = None
+    truth: Literal["measured", "roofline"] = "measured"
     disturbances: Disturbances = field(default_factory=Disturbances)
     costs: CpuCosts = field(default_factory=CpuCosts)
+    front_end: FrontEnd = field(default_factory=FrontEnd)
 
 
 @dataclass(slots=True)
@@ -71,27 +98,24 @@ class Outcome:
     steps_by_mode: dict[str, int]
     num_gpus: int = 1
 
+    @property
+    def duration_s(self) -> float:
+        """From the start to the last token."""
+        return max(record.token_ms[-1] for record in self.records) / 1e3
+
 
 def scheduler_alone(
     scheduler_cls: type, config: VllmConfig, shape: ModelShape, **kwargs: Any
 ) -> Any:
     """A scheduler without an engine, with a KV cache of ``config``'s number of blocks."""
-    spec = FullAttentionSpec(
-        block_size=BLOCK_SIZE,
-        num_kv_heads=shape.num_kv_heads,
-        head_size=shape.head_dim,
-        dtype=torch.bfloat16,
-    )
-    kv_cache_config = KVCacheConfig(
-        num_blocks=config.cache_config.num_gpu_blocks,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-    )
+    cache = kv_cache_config(config, shape)
+    block_size, hash_block_size = resolve_kv_cache_block_sizes(cache, config)
     return scheduler_cls(
         config,
-        kv_cache_config=kv_cache_config,
+        kv_cache_config=cache,
         structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
+        hash_block_size=hash_block_size,
         log_stats=False,
         **kwargs,
     )
@@ -101,24 +125,36 @@ class Simulation:
     """Builds engines for ``options``, and runs traces through them.
 
     Raises:
-        SimulationError: the scheduler is unknown, or the model does not fit the GPU.
+        SimulationError: the scheduler is unknown or cannot do this, or the model does not
+            fit the GPU.
         ValueError: the model's architecture or the GPU profile is not known.
     """
 
     def __init__(self, options: Options) -> None:
-        if options.scheduler not in SYSTEMS:
+        try:
+            self.system: System = system_named(options.scheduler)
+        except KeyError:
             raise SimulationError(
                 f"there is no scheduler {options.scheduler!r}: choose one of {', '.join(SYSTEMS)}"
-            )
+            ) from None
+        if options.scheduler != "stock" and not options.async_scheduling:
+            raise SimulationError("only stock runs without asynchronous scheduling")
+        if options.scheduler == "disaggregated" and options.concurrency is not None:
+            raise SimulationError("disaggregated has no closed loop")
         self.options = options
-        self.system: System = SYSTEMS[options.scheduler]
         self.profile = GpuProfile.load(options.gpu)
         config_file = options.model / "config.json" if options.model.is_dir() else options.model
         self._hf_config: dict[str, Any] = json.loads(config_file.read_text())
-        self.shape = ModelShape.from_hf_config(self._hf_config)
+        self.shape = ModelShape.from_hf_config(
+            self._hf_config,
+            weight_dtype=options.weight_dtype,
+            kv_dtype=options.kv_dtype,
+            tensor_parallel_size=options.tensor_parallel_size,
+        )
+        self.measured, self.truth = self._measured()
         self.kv_cache_tokens = self._kv_cache_tokens()
         self.max_model_len = min(
-            options.max_model_len or int(self._hf_config["max_position_embeddings"]),
+            options.max_model_len or int(text_model(self._hf_config)["max_position_embeddings"]),
             self.kv_cache_tokens,
         )
 
@@ -148,7 +184,7 @@ class Simulation:
         self, trace: Sequence[TraceRequest], on_finished: Callable[[RequestRecord], None]
     ) -> Outcome:
         engine = self.engine()
-        records = engine.run(trace, on_finished)
+        records = engine.run(trace, on_finished, self.options.concurrency)
         return Outcome(
             records,
             engine.gpu.intervals,
@@ -163,33 +199,29 @@ class Simulation:
     ) -> Outcome:
         """Prefill on one GPU and decode on another, each with a stock engine.
 
-        The KV cache of a prompt travels over the link, and the second GPU then starts with
-        its second token. What the prefill GPU does depends on the second in no way. A
-        request that is preempted there gets its KV cache back for nothing.
+        As with vLLM's NixlConnector: when the first GPU has computed the whole prompt, its
+        KV cache travels, and the second GPU then computes the prompt's last token anew and
+        gives every token of the answer, the first too. Assumed: a link of the profile's
+        ``link_bytes_per_s`` that carries one prompt after another, none in part; no
+        cost of a proxy. What the prefill GPU does depends on the second in no way: blocks
+        that wait to be fetched take no room. A request that is preempted on the second
+        GPU gets its KV cache back for nothing.
         """
         first, second = self.engine(), self.engine(prefill_is_free=True)
-        prefilled = first.run([replace(r, output_length=1) for r in trace])
+        records = first.run([replace(r, output_length=1) for r in trace])
         kv_ms = 1e3 * self.shape.kv_bytes_per_token / self.profile.link_bytes_per_s
-        rows = [
-            (record.token_ms[0] + kv_ms * r.input_length, index, r)
-            for index, (record, r) in enumerate(zip(prefilled, trace, strict=True))
-            if r.output_length > 1
-        ]
-        for record, r in zip(prefilled, trace, strict=True):
-            if r.output_length == 1:
-                on_finished(record)
-        rows.sort(key=lambda row: row[:2])
-        moved = [
-            TraceRequest(at, r.input_length + 1, r.output_length - 1, r.hash_ids)
-            for at, _, r in rows
-        ]
-        for (_, index, r), decoded in zip(rows, second.run(moved), strict=True):
-            record = prefilled[index]
-            record.output_length = r.output_length
-            record.token_ms += decoded.token_ms
-            on_finished(record)
+        order = sorted(range(len(trace)), key=lambda i: records[i].token_ms[0])
+        moved, link_free_ms = [], 0.0
+        for i in order:
+            start_ms = max(link_free_ms, records[i].token_ms[0])
+            link_free_ms = start_ms + kv_ms * trace[i].input_length
+            moved.append(replace(trace[i], arrival_ms=link_free_ms))
+        for i, decoded in zip(order, second.run(moved), strict=True):
+            records[i].output_length = trace[i].output_length
+            records[i].token_ms = decoded.token_ms
+            on_finished(records[i])
         return Outcome(
-            prefilled,
+            records,
             [
                 *(replace(i, lane="prefill") for i in first.gpu.intervals),
                 *(replace(i, lane="decode") for i in second.gpu.intervals),
@@ -207,14 +239,15 @@ class Simulation:
         roofline = Roofline(self.shape, self.profile)
         if prefill_is_free:
             # No chunks: prompts cost nothing, and whole ones arrive.
-            truth: GroundTruth = _FreePrefill(roofline, options.disturbances)
+            truth: GroundTruth = _FreePrefill(roofline, options.disturbances, self.measured)
             config = self._vllm_config(max_num_batched_tokens=self.kv_cache_tokens)
         else:
-            truth = GroundTruth(roofline, options.disturbances)
+            truth = GroundTruth(roofline, options.disturbances, self.measured)
             config = self._vllm_config(options.max_num_batched_tokens)
         scheduler: Any
         if self.system.policy is None:
-            scheduler = scheduler_alone(AsyncScheduler, config, self.shape)
+            stock = self.system.stock if options.async_scheduling else Scheduler
+            scheduler = scheduler_alone(stock, config, self.shape)
         else:
             limits = PolicyLimits(tbt_slo_ms=options.tbt_slo_ms, max_lookahead=1 << 30)
             forecast = forecaster(
@@ -233,29 +266,56 @@ class Simulation:
             SimulatedGpu(truth, options.seed),
             clock,
             costs=options.costs,
+            front_end=options.front_end,
+            queue_size=QUEUE_SIZE if options.async_scheduling else 1,
             join_after_lookahead=not self.system.event_join,
         )
 
     def _vllm_config(self, max_num_batched_tokens: int) -> VllmConfig:
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config.json").write_text(json.dumps(self._hf_config))
+            Path(folder, "config.json").write_text(json.dumps(text_model(self._hf_config)))
             config = EngineArgs(
                 model=folder,
                 skip_tokenizer_init=True,
                 max_model_len=self.max_model_len,
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_num_seqs=min(self.options.max_num_seqs, max_num_batched_tokens),
+                enable_prefix_caching=self.options.enable_prefix_caching,
                 additional_config={"duet": {"mode": "aggregated"}},
             ).create_engine_config()
+        if self.shape.latent:  # a CPU's vLLM has neither for latent attention, a GPU's has both
+            config.scheduler_config.enable_chunked_prefill = True
+            config.cache_config.enable_prefix_caching = self.options.enable_prefix_caching
+            config.scheduler_config.max_num_batched_tokens = max_num_batched_tokens
         config.cache_config.num_gpu_blocks = self.kv_cache_tokens // BLOCK_SIZE
         return config
+
+    def _measured(self) -> tuple[MeasuredSteps | None, str]:
+        """The measured truth where there is one, and in words what the truth is."""
+        if self.options.truth == "roofline":
+            return None, "the roofline"
+        try:
+            from vllm_duet.sim.measured import MeasuredSteps, NotMeasuredError
+        except ImportError as error:  # without vllm-duet[measured] there is no pandas
+            return None, f"the roofline: {error}"
+        quantization = self._hf_config.get("quantization_config") or {}
+        try:
+            steps = MeasuredSteps(
+                self.shape,
+                self.options.gpu,
+                block_fp8=bool(quantization.get("weight_block_size")),
+                expert_parallel=self.options.enable_expert_parallel,
+            )
+        except NotMeasuredError as error:
+            return None, f"the roofline: {error}"
+        return steps, steps.source
 
     def _kv_cache_tokens(self) -> int:
         """Tokens of KV cache that vLLM would find room for: what is left of its share of
         the memory beside weights, activations of the largest step, logits, and the rest."""
         shape, options = self.shape, self.options
-        memory = GPU_MEMORY_UTILIZATION * self.profile.memory_bytes
-        width = 4 * shape.hidden_size + 3 * shape.intermediate_size
+        memory = options.gpu_memory_utilization * self.profile.memory_bytes
+        width = 4 * shape.hidden_size + 3 * shape.local_width(shape.intermediate_size)
         activations = options.max_num_batched_tokens * width * shape.activation_bytes
         # Logits in 16 and in 32 bits.
         logits = 6 * min(options.max_num_seqs, options.max_num_batched_tokens) * shape.vocab_size

@@ -10,6 +10,8 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_duet.in_flight import InFlightPrefill
 from vllm_duet.plan import DuetPlan, Mode
@@ -22,6 +24,7 @@ from vllm_duet.policy import (
     Policy,
     PolicyLimits,
     sm_groups,
+    validate_decode_sms,
 )
 from vllm_duet.roofline import (
     BatchSummary,
@@ -33,23 +36,28 @@ from vllm_duet.roofline import (
 from vllm_duet.scheduler import DuetScheduler
 from vllm_duet.sim.engine import SimulatedClock
 from vllm_duet.step_times import StepTimes
+from vllm_duet.support import LIMITS, deciding_blockers
 
 PolicyFactory = Callable[[Roofline, PolicyLimits, StepTimeCorrection], Policy]
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One way to run the decisions of DuetScheduler; ``None`` as policy is stock vLLM."""
+    """One way to run the decisions of DuetScheduler.
+
+    Without a policy it is ``stock``: vLLM's own scheduler, or a subclass of it.
+    """
 
     summary: str
     policy: PolicyFactory | None
+    stock: type[AsyncScheduler] = AsyncScheduler
     event_join: bool = True
     contention: bool = True
     follows: bool = True
 
 
 class SimulatedDuetScheduler(DuetScheduler):
-    """DuetScheduler with a policy that is given, on a GPU that can be split."""
+    """DuetScheduler with a policy that is given, on a GPU that can be split if the model can."""
 
     def __init__(
         self,
@@ -60,10 +68,14 @@ class SimulatedDuetScheduler(DuetScheduler):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._blockers = []
+        self._blockers = [
+            limit.feature
+            for limit in LIMITS
+            if limit.about == "model" and limit.applies(self.vllm_config, self.kv_cache_config)
+        ]
         correction = StepTimeCorrection()
         self._step_times = StepTimes(correction, clock)
-        self._policy = policy(correction)
+        self._policy = None if deciding_blockers(self.vllm_config) else policy(correction)
         self._follows = follows
 
     def _plan_to_follow(self, prefill: InFlightPrefill) -> DuetPlan | None:
@@ -188,17 +200,58 @@ def _uncorrected(roofline: Roofline, limits: PolicyLimits, _: StepTimeCorrection
     return ForecastPolicy(roofline, limits)
 
 
-def _fixed(share: float) -> PolicyFactory:
-    """Always split, with ``share`` of the SMs for decode."""
+def _fixed_split(decode_sms: int | None = None) -> System:
+    """Not told how many: the SM group nearest to 30 %."""
 
-    def policy(
-        roofline: Roofline, limits: PolicyLimits, correction: StepTimeCorrection
-    ) -> FixedModePolicy:
+    def policy(roofline: Roofline, *_: Any) -> FixedModePolicy:
         profile = roofline.profile
-        sms = round(share * profile.num_sms / profile.sm_granularity) * profile.sm_granularity
+        step = profile.sm_granularity
+        sms = decode_sms or round(0.3 * profile.num_sms / step) * step
+        validate_decode_sms(profile, [sms])
         return FixedModePolicy(Mode.SPLIT, sms, profile.num_sms - sms, 0)
 
-    return policy
+    return System("always split, N SMs for decode, 30 % if N is not given", policy)
+
+
+def _prefill_cap(tokens: int = 512) -> System:
+    def policy(*_: Any) -> FixedModePolicy:
+        return FixedModePolicy(Mode.CAPPED, 0, 0, tokens)
+
+    return System("stock with at most N prefill tokens beside decodes; N is 512", policy)
+
+
+def _prefill_interval(steps: int = 4) -> System:
+    class PrefillAtIntervals(AsyncScheduler):
+        """Beside decodes, prefill only at each ``steps``-th step (vLLM's pull request 56848)."""
+
+        def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+            # Else vLLM's own throttling ends as soon as prompts queue up.
+            self.prefill_capacity_bound = False
+            return super().schedule(throttle_prefills or self.current_step % steps != 0)
+
+    summary = "stock with prefill beside decodes only at each N-th step; N is 4"
+    return System(summary, None, PrefillAtIntervals)
+
+
+_PARAMETRIC: dict[str, Callable[..., System]] = {
+    "fixed-split": _fixed_split,
+    "prefill-cap": _prefill_cap,
+    "prefill-interval": _prefill_interval,
+}
+
+
+def system_named(name: str) -> System:
+    """The system of that name; ``fixed-split:48`` is ``fixed-split`` with an N of 48.
+
+    Raises:
+        KeyError: there is none.
+    """
+    base, _, number = name.partition(":")
+    if not number:
+        return SYSTEMS[name]
+    if not (number.isascii() and number.isdigit() and int(number)):
+        raise KeyError(name)
+    return _PARAMETRIC[base](int(number))
 
 
 SYSTEMS = {
@@ -211,7 +264,7 @@ SYSTEMS = {
         contention=False,
         follows=False,
     ),
-    "fixed-split": System("always split, 30 % of the SMs for decode", _fixed(0.3)),
+    **{name: system() for name, system in _PARAMETRIC.items()},
     "disaggregated": System("stock, prefill and decode on a GPU each, counted per GPU", None),
     "duet-join-after-k": System(
         "duet, joined after k steps", ForecastPolicy, event_join=False, follows=False

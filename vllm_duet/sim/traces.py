@@ -20,6 +20,9 @@ HASH_BLOCK_TOKENS = 512
 _HASH_TOKENS = 1 << 40
 """Token ids of shared blocks start here, and those of tokens nobody shares at 0."""
 
+_PREFIX_TOKENS = 1 << 50
+"""Token ids of the prefixes of ``with_prefixes`` start here."""
+
 
 class TraceError(ValueError):
     """A trace that cannot be used; names the file and the line."""
@@ -30,13 +33,16 @@ class TraceRequest:
     """One request: when it arrives, and its prompt's and answer's tokens.
 
     Requests whose ``hash_ids`` start alike share as many blocks of HASH_BLOCK_TOKENS
-    tokens at the start of their prompts.
+    tokens at the start of their prompts. Before these, all with the same ``prefix`` share
+    ``prefix_length`` tokens.
     """
 
     arrival_ms: float
     input_length: int
     output_length: int
     hash_ids: tuple[int, ...] = ()
+    prefix: int = 0
+    prefix_length: int = 0
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
@@ -100,11 +106,32 @@ def synthetic(
     return [TraceRequest(*row) for row in rows]
 
 
+def with_prefixes(
+    requests: Iterable[TraceRequest], length: int, count: int, seed: int
+) -> list[TraceRequest]:
+    """The same requests, each behind one of ``count`` prefixes of ``length`` tokens more.
+
+    As in vLLM's data sets ``random`` (one prefix) and ``prefix_repetition``.
+    """
+    random = np.random.default_rng(seed)
+    return [
+        replace(
+            request,
+            input_length=request.input_length + length,
+            prefix=int(random.integers(count)),
+            prefix_length=length,
+        )
+        for request in requests
+    ]
+
+
 def prompts(requests: Iterable[TraceRequest]) -> Iterator[list[int]]:
-    """Each request's prompt: equal tokens where hash_ids are shared, else no two alike."""
+    """Each request's prompt: equal tokens where a prefix or hash_ids are shared, else no two
+    alike."""
     unused = 0
     for request in requests:
-        tokens: list[int] = []
+        first = _PREFIX_TOKENS + request.prefix * request.prefix_length
+        tokens = list(range(first, first + request.prefix_length))
         for hash_id in request.hash_ids:
             first = _HASH_TOKENS + hash_id * HASH_BLOCK_TOKENS
             tokens += range(first, first + HASH_BLOCK_TOKENS)

@@ -33,7 +33,7 @@ from vllm_duet.policy import decode_lanes
 from vllm_duet.support import LanesReport, lane_sizes, report_lanes, split_blockers
 from vllm_duet.worker.lane_graphs import LaneGraphs
 from vllm_duet.worker.lane_state import PrefillLaneState, prefill_workspace_lane
-from vllm_duet.worker.runner import DuetModelRunnerMixin
+from vllm_duet.worker.runner import DuetModelRunnerMixin, in_a_clause
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
 
@@ -106,6 +106,8 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         self.lane_graphs: dict[int, LaneGraphs] = {}
         """By the SM count of the decode lane; empty until captured."""
         self._activation_bytes = self._state_bytes = 0
+        self._workspace_bytes = 0
+        """Of cuBLAS, on one stream."""
 
     @property
     def lane_bytes(self) -> int:
@@ -142,10 +144,19 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
             self._refuse_marlin()
             self.lanes = self.lanes or self._make_lanes()
             torch.accelerator.empty_cache()
-            before = torch.cuda.memory_reserved(self.device)
+            cached, used = self._cached_bytes(), torch.cuda.memory_allocated(self.device)
             self._run_lanes(skip_attn=True)
-            # torch's allocator keeps freed memory for the stream that it was on.
-            self._activation_bytes = torch.cuda.memory_reserved(self.device) - before
+            # torch's allocator keeps freed memory for the stream that it was on. What is still
+            # in use, each lane's workspace of cuBLAS, vLLM's profile has seen.
+            self._activation_bytes = self._cached_bytes() - cached
+            used = torch.cuda.memory_allocated(self.device) - used
+            num_streams = len(self.lanes.decode_streams) + len(self.lanes.prefill_sms)
+            self._workspace_bytes = used // num_streams
+
+    def _cached_bytes(self) -> int:
+        """What torch's allocator holds and nothing uses."""
+        reserved, used = torch.cuda.memory_reserved, torch.cuda.memory_allocated
+        return int(reserved(self.device) - used(self.device))
 
     def initialize_kv_cache(
         self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
@@ -169,10 +180,13 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         estimate: int = super().profile_cudagraph_memory()
         sizes = self.compilation_config.cudagraph_capture_sizes
         if estimate and self.lanes is not None and sizes:
-            # In proportion to their number: those of mixed batches count too, and are
-            # larger, so this is rather too much.
-            graphs = len(self.lanes.decode_streams) * len(lane_sizes(self.vllm_config))
-            estimate += estimate * graphs // len(sizes)
+            # vLLM warms up for each capture on a stream of its own, where cuBLAS takes a
+            # workspace. The rest is in proportion to the number of graphs: those of mixed
+            # batches count too, and are larger, so this is rather too much.
+            captures = len(self.lanes.decode_streams)
+            graphs = captures * len(lane_sizes(self.vllm_config))
+            of_graphs = max(0, estimate - self._workspace_bytes)
+            estimate += captures * self._workspace_bytes + of_graphs * graphs // len(sizes)
         return estimate
 
     def capture_model(self, *, profile_only: bool = False) -> int:
@@ -284,11 +298,13 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         """Whatever goes wrong with the lanes in the block, vLLM starts without them."""
         try:
             yield
-        except (GreenContextError, LaneError, torch.OutOfMemoryError) as error:
+        except (GreenContextError, LaneError) as error:
             self.stay_whole(str(error).rstrip("."))
+        except torch.OutOfMemoryError as error:
+            self.stay_whole(f"the lanes find no room on the GPU: {in_a_clause(error)}")
         except Exception as error:
             logger.warning("vllm-duet: the lanes failed at start.", exc_info=error)
-            self.stay_whole(f"the lanes failed at start, {type(error).__name__}: {error}")
+            self.stay_whole(f"the lanes failed at start: {in_a_clause(error)}")
 
     def stay_whole(self, obstacle: str) -> None:
         """Give the lanes up, for the reason that the clause ``obstacle`` gives."""

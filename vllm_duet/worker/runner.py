@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -213,7 +214,7 @@ class DuetModelRunnerMixin:
         sentence = (
             f"A prefill of {launch.output.total_num_scheduled_tokens} tokens failed on its lane of"
             f" {launch.prefill_sms} SMs, beside a decode lane of {launch.decode_sms}:"
-            f" {type(error).__name__}: {error}"
+            f" {in_a_clause(error)}"
         )
         if not lanes.is_usable():
             raise RuntimeError(sentence) from error
@@ -224,6 +225,18 @@ class DuetModelRunnerMixin:
         if self.lanes is not None:
             self.lanes.shutdown()
         super().shutdown()  # type: ignore[misc]
+
+
+def in_a_clause(error: Exception) -> str:
+    """What ``error`` says, for the end of a sentence.
+
+    Of memory that ran out torch says how much there was of each kind and what to read about it,
+    a paragraph.
+    """
+    if not isinstance(error, torch.OutOfMemoryError):
+        return f"{type(error).__name__}: {str(error).rstrip('.')}"
+    tried = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    return "CUDA out of memory" + (f", for {tried[1]} more" if tried else "")
 
 
 def _touches_blocks(scheduler_output: SchedulerOutput) -> bool:

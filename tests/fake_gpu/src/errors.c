@@ -107,7 +107,10 @@ static FILE *open_for_process(const char *name, FILE **file, pid_t *owner) {
   return *file;
 }
 
+static FILE *chosen_trace;  // fakecuda_trace's
+
 static FILE *trace_file(void) {
+  if (chosen_trace) return chosen_trace;
   static FILE *file;
   static pid_t owner;
   return open_for_process(options()->trace, &file, &owner);
@@ -120,7 +123,14 @@ static FILE *report_file(void) {
 }
 
 bool tracing(void) {
-  return options()->trace != NULL;
+  return chosen_trace || options()->trace;
+}
+
+// From now on the trace goes to `path`, or to where FAKECUDA_TRACE says. Nothing may be queued.
+API void fakecuda_trace(const char *path) {
+  LOCK;
+  if (chosen_trace) fclose(chosen_trace);
+  chosen_trace = path ? fopen(path, "w") : NULL;
 }
 
 void trace(const char *format, ...) {

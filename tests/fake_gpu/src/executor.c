@@ -314,7 +314,7 @@ static bool calls_host(const Work *work) {
 }
 
 static bool can_run(const Stream *stream) {
-  if (!stream->head || !is_ready(stream->head)) return false;
+  if (!stream->head || is_held(stream) || !is_ready(stream->head)) return false;
   return !no_host_functions || !calls_host(&stream->head->work);
 }
 
@@ -412,13 +412,22 @@ static bool all_reached(Points goals) {
   return true;
 }
 
+// Nothing can run but what faults.c holds.
+static void wait_for_release(void) {
+  bool held = false;
+  for (int i = 0; i <= num_streams; i++) held |= stream_at(i)->head && is_held(stream_at(i));
+  if (!held) impossible("nothing can run");
+  pause_s(1e-3);
+  read_fault_file();
+}
+
 cudaError_t wait_for_points(Points goals) {
   cudaError_t error = cudaSuccess;
   while (!error && !all_reached(goals)) {
     // Runtime API, cudaLaunchHostFunc: a host function must not call CUDA.
     if (running) error = cudaErrorNotPermitted;
     else if (in_host_function) pause_s(50e-6);
-    else if (!run_one(goals)) impossible("nothing can run");
+    else if (!run_one(goals)) wait_for_release();
   }
   return error ? error : device_fault;
 }

@@ -76,6 +76,8 @@ extern cudaError_t device_fault;  // sticky: every later call returns it
   if (device_fault) return fail(device_fault)
 cudaError_t malloc_fault(size_t used_bytes, size_t bytes);                   // locked
 cudaError_t launch_fault(const Stream *stream, cudaError_t *when_it_runs);  // locked
+bool is_held(const Stream *stream);                                         // locked
+void read_fault_file(void);                                                 // locked
 
 // ------------------------------------------------------------------ device.c
 #define PRIMARY ((CUcontext)fake_primary)

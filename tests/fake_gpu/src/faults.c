@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Failures on demand: memory that runs out, launches that fail, a device that is gone.
+// Failures on demand: memory that runs out, launches that fail, a device that is gone; and streams
+// that do not get on.
 //
 // Armed through ctypes in this process, or for any process by a file, FAKECUDA_FAULTS, that is
 // read whenever it changes. It has lines of
@@ -7,6 +8,8 @@
 //   memory BYTES                  the device has no more than this
 //   launch GROUP ERROR SKIP TIMES launches fail
 //   fault GROUP ERROR SKIP        a launch succeeds, and what it launched breaks the device
+//   hold GROUP                    nothing runs on its streams
+//   release                       it does again
 // GROUP: -1 any stream, 0 one without a green context, else the SMs of its green context.
 #include "fake.h"
 
@@ -22,6 +25,8 @@ typedef struct {
 } Fault;
 static Fault malloc_calls, launches, faults;
 static size_t memory_limit = SIZE_MAX;
+enum { NO_GROUP = -2 };
+static int held_group = NO_GROUP;
 
 // Whether this call is one that fails. Counts it.
 static bool strikes(Fault *fault) {
@@ -34,7 +39,7 @@ static bool strikes(Fault *fault) {
   return true;
 }
 
-static void read_fault_file(void) {
+void read_fault_file(void) {
   static struct timespec changed;
   struct stat found;
   if (!options()->faults || stat(options()->faults, &found)) return;
@@ -55,6 +60,10 @@ static void read_fault_file(void) {
       launches = (Fault){true, group, error, skip, times};
     else if (sscanf(line, "fault %d %d %ld", &group, &error, &skip) == 3)
       faults = (Fault){true, group, error, skip, 1};
+    else if (sscanf(line, "hold %d", &group) == 1)
+      held_group = group;
+    else if (!strcmp(line, "release\n"))
+      held_group = NO_GROUP;
     else
       fprintf(stderr, "fakecuda: what is this fault? %s", line);
   }
@@ -71,6 +80,10 @@ cudaError_t malloc_fault(size_t used_bytes, size_t bytes) {
 
 static bool is_in_group(const Stream *stream, int group) {
   return group < 0 || (group == 0 ? !stream->green : stream->green && count_sms(stream) == group);
+}
+
+bool is_held(const Stream *stream) {
+  return held_group != NO_GROUP && is_in_group(stream, held_group);
 }
 
 cudaError_t launch_fault(const Stream *stream, cudaError_t *when_it_runs) {
@@ -111,9 +124,16 @@ API void fakecuda_break_device(int group, int error, long skip) {
   faults = (Fault){true, group, error, skip, 1};
 }
 
+// Nothing runs on the streams of `group`, until fakecuda_no_faults. Who waits for one sleeps.
+API void fakecuda_hold(int group) {
+  LOCK;
+  held_group = group;
+}
+
 // No fault is armed any more, and the device is whole.
 API void fakecuda_no_faults(void) {
   LOCK;
+  held_group = NO_GROUP;
   malloc_calls = launches = faults = (Fault){0};
   memory_limit = SIZE_MAX;
   device_fault = cudaSuccess;

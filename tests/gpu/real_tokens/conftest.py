@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from tiny_model import make_tiny_model
+
+if TYPE_CHECKING:
+    from engine.harness import Engine
 
 os.environ["OMP_NUM_THREADS"] = "1"  # kernels are tiny
 os.environ["TRITON_INTERPRET"] = "1"  # real_kernels.py runs Triton's kernels
@@ -28,8 +33,6 @@ DUET = {"cuda_lanes": True, "mode": "split", "decode_sms": list(DECODE_SMS)}
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from engine.harness import make_tiny_model
-
     folder = make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
     from fake_gpu import real_kernels
 
@@ -40,9 +43,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def llm_options() -> dict[str, Any]:
-    return dict(
+def make_engine(model: Path, make: type[Engine] | None = None, **settings: Any) -> Engine:
+    from engine.harness import Engine, make_llm
+
+    llm = make_llm(
+        model,
+        "vllm_duet.DuetScheduler",
         enforce_eager=False,
         compilation_config={
             "mode": 0,
@@ -51,55 +57,39 @@ def llm_options() -> dict[str, Any]:
             "custom_ops": ["none"],
         },
         additional_config={"duet": DUET},
+        **settings,
     )
+    return (make or Engine)(llm)
 
 
 @pytest.fixture(scope="session")
-def roomy(tiny_model, llm_options):
+def roomy(tiny_model):
     """Asynchronous scheduling, the default, first come first served, plenty of KV cache."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import ROOMY
 
-    return Engine(
-        make_llm(tiny_model, "vllm_duet.DuetScheduler", num_gpu_blocks_override=256, **llm_options)
-    )
+    return make_engine(tiny_model, **ROOMY)
 
 
 @pytest.fixture(scope="session")
-def cramped(tiny_model, llm_options):
+def cramped(tiny_model):
     """Priorities, and a KV cache that runs out."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import CRAMPED
 
-    llm = make_llm(
-        tiny_model,
-        "vllm_duet.DuetScheduler",
-        num_gpu_blocks_override=18,
-        max_model_len=512,
-        max_num_batched_tokens=128,
-        scheduling_policy="priority",
-        **llm_options,
-    )
-    return Engine(llm)
+    return make_engine(tiny_model, **CRAMPED)
 
 
 @pytest.fixture(scope="session")
-def full(tiny_model, llm_options):
+def full_cache(tiny_model):
     """A KV cache of eight blocks, which ``workloads.cache_filling`` fills."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import FULL_CACHE
 
-    llm = make_llm(
-        tiny_model,
-        "vllm_duet.DuetScheduler",
-        num_gpu_blocks_override=9,
-        max_model_len=224,
-        **llm_options,
-    )
-    return Engine(llm)
+    return make_engine(tiny_model, **FULL_CACHE)
 
 
 @pytest.fixture(scope="session")
-def zeroing(tiny_model, llm_options):
+def zeroing(tiny_model):
     """Zeroes new KV blocks, as vLLM does where layers of another kind share them."""
-    from engine.harness import Engine, make_llm
+    from engine.harness import Engine
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     @contextmanager
@@ -114,25 +104,13 @@ def zeroing(tiny_model, llm_options):
                 return super().run(*args, **kwargs)
 
     with zeroed():
-        llm = make_llm(
-            tiny_model, "vllm_duet.DuetScheduler", num_gpu_blocks_override=128, **llm_options
-        )
-    return ZeroingEngine(llm)
+        return make_engine(tiny_model, ZeroingEngine, num_gpu_blocks_override=128)
 
 
 @pytest.fixture(scope="session")
-def synchronous(tiny_model, llm_options):
+def synchronous(tiny_model):
     """Without asynchronous scheduling."""
-    from engine.harness import Engine, make_llm
-
-    llm = make_llm(
-        tiny_model,
-        "vllm_duet.DuetScheduler",
-        num_gpu_blocks_override=64,
-        async_scheduling=False,
-        **llm_options,
-    )
-    return Engine(llm)
+    return make_engine(tiny_model, num_gpu_blocks_override=64, async_scheduling=False)
 
 
 @pytest.fixture(autouse=True)
@@ -148,8 +126,9 @@ def kernels_raise():
 def time_passes(monkeypatch):
     """Who of the host's threads is ahead, and how far the device gets meanwhile, is drawn, too.
 
-    A prefill's thread may queue all of it before the engine's goes on; while the scheduler asks
-    whether a prefill is done, the device goes on for a while.
+    A prefill's thread may queue all of it before the engine's goes on, or nothing until the
+    engine's waits for it; while the scheduler asks whether a prefill is done, the device goes on
+    for a while.
     """
     from fake_gpu import FakeGpu
 
@@ -159,14 +138,34 @@ def time_passes(monkeypatch):
     stock_launch, stock_done = CudaLanePair.launch, _Launched.done
 
     def launch(self, prefill, prefill_sms):
-        launched = stock_launch(self, prefill, prefill_sms)
-        if rng.random() < 0.7:
+        may_begin = threading.Event()
+
+        def begins_late():
+            may_begin.wait()
+            return prefill()
+
+        launched = stock_launch(self, begins_late, prefill_sms)
+        launched.may_begin = may_begin
+        who = rng.choice(["ahead", "ahead", "at once", "behind"])
+        if who != "behind":
+            may_begin.set()
+        if who == "ahead":
             launched.wait_until_queued()
         return launched
 
     def done(self):
+        self.may_begin.set()
         gpu.advance(rng.choice([0, 10, 50]))
         return stock_done(self)
 
+    def beginning(method):
+        def run(self):
+            self.may_begin.set()
+            return method(self)
+
+        return run
+
     monkeypatch.setattr(CudaLanePair, "launch", launch)
     monkeypatch.setattr(_Launched, "done", done)
+    for name in ("wait_until_queued", "result"):
+        monkeypatch.setattr(_Launched, name, beginning(getattr(_Launched, name)))

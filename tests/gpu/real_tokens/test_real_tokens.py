@@ -15,6 +15,8 @@ from engine.harness import Answer, Arrival, Engine
 from engine.scenarios import CountingScheduler, compare
 from engine.workloads import random_mix, tokens
 from fake_gpu import FakeGpu, real_kernels
+from fake_gpu.races import find_races
+from fake_gpu.trace import read_trace
 from gpu.real_tokens.conftest import DUET
 from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -88,17 +90,34 @@ def test_any_plan_in_any_order(request, engine, mode, seed):
         assert engine.core.scheduler.totals.joined
 
 
+@pytest.mark.parametrize("mode", ["random", "split"])
+@pytest.mark.parametrize("engine", ["roomy", "cramped", "zeroing"])
+def test_whatever_two_streams_touch_is_ordered(request, tmp_path, engine, mode):
+    """Every byte that a kernel reads or writes, in whatever order they happened to run."""
+    engine = request.getfixturevalue(engine)
+    with real_kernels.traced(tmp_path / "trace"):
+        serve(engine, random_mix(1), 1, mode=mode)
+    found = find_races(read_trace(tmp_path / "trace"))
+    assert found.num_writes > 1000 and engine.core.scheduler.totals.joined
+    assert found.races == []
+
+
 @pytest.mark.parametrize("order", range(SEEDS))
 @pytest.mark.parametrize("engine", ["roomy", "synchronous"])
 def test_a_block_that_a_decode_fills_in_the_step_of_the_launch(request, engine, order):
     """Rule 5 within one step: the newcomer's prefix is written by the step that launches it."""
     engine = request.getfixturevalue(engine)
-    rng = random.Random(order)
+    for arrivals in who_find_a_block_of_their_step(engine, order):
+        stock = engine.run(arrivals, AsyncScheduler)
+        compare_all(stock, serve(engine, arrivals, order, mode="split"))
+
+
+def who_find_a_block_of_their_step(engine: Engine, seed: int) -> Iterator[list[Arrival]]:
+    """Prompts that begin with a block that a decode completes, at one of several steps."""
+    rng = random.Random(seed)
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     decode = Arrival("decode", tokens(rng, 30), greedy)
     answer = engine.run([decode], AsyncScheduler)["decode"].tokens[0]
     for step in range(1, 6):
         prompt = decode.prompt + answer[:2] + tokens(rng, 20)  # a block, and more
-        arrivals = [decode, Arrival("newcomer", prompt, greedy, step=step)]
-        stock = engine.run(arrivals, AsyncScheduler)
-        compare_all(stock, serve(engine, arrivals, order, mode="split"))
+        yield [decode, Arrival("newcomer", prompt, greedy, step=step)]

@@ -1,0 +1,559 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulator against what others measured of vLLM; writes docs/validation.md.
+
+python eval/validation.py            # 10 to 15 minutes on two cores
+python eval/validation.py --page     # the page alone, from the results on file
+
+Needs ``pip install vllm-duet[measured]``, whose wheel holds the measurements of whole systems too
+(silicon_sample.csv), and the models' config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from vllm_duet.measured import tables
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "validation"
+PAGE = HERE.parent / "docs" / "validation.md"
+
+GPUS = {name: ours for ours, name in tables.SYSTEMS.items()}
+CONFIGS = {
+    "meta-llama/Llama-3.1-70B": "meta-llama--Meta-Llama-3.1-70B",
+    "nvidia/Llama-3.1-8B-Instruct-FP8": "meta-llama--Meta-Llama-3.1-8B",
+}
+"""Models whose shape stands under another name in the wheel."""
+
+PER_GROUP = 3
+"""Rows of one GPU, model, precision and number of ranks that are simulated."""
+
+MOST_ARITHMETIC = 0.7
+
+LONGEST_OUTPUT, MOST_CLIENTS = 2048, 128
+"""What is longer or more takes minutes to simulate."""
+
+FRONT_END_MS, TOKENIZER_US = 3.0, 2.0
+"""The API server and the client between them, a request; and a prompt's token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a set of rows was measured, as far as it is known."""
+
+    name: str
+    sources: str
+    lengths: tuple[float, float]
+    kv_fp8: tuple[str, ...]
+    max_num_seqs: int | None
+
+
+INFERENCE_MAX = Recipe(
+    "InferenceMAX",
+    "its public recipes (README and benchmarks/ of InferenceMAX, later InferenceX): lengths 80 to"
+    " 100 % of the named, ten prompts a client, asynchronous scheduling, no prefix caching, 8192"
+    " tokens a step, 90 % of the memory, an fp8 KV cache on H200 and B200",
+    (0.8, 1.0),
+    ("h200_sxm", "b200_sxm", "b300_sxm"),
+    None,
+)
+GAP_ANALYSIS = Recipe(
+    "NVIDIA's gap analysis",
+    "vLLM 0.12's defaults, as nothing else is said: no asynchronous scheduling, 8192 tokens and"
+    " 1024 requests a step. Lengths 80 to 120 % of the named: clients with equal lengths would"
+    " send in step, and wait for whole steps of prompts, longer than what was measured",
+    (0.8, 1.2),
+    (),
+    1024,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement of a whole system: a closed loop of ``concurrency`` clients."""
+
+    id: str
+    recipe: str
+    system: str
+    model: str
+    precision: str
+    release: str
+    tp: int
+    expert_parallel: bool
+    input_length: int
+    output_length: int
+    concurrency: int
+    ttft_ms: float
+    tpot_ms: float
+
+    @property
+    def group(self) -> str:
+        ranks = f"{'EP' if self.expert_parallel else 'TP'} {self.tp}"
+        return f"{GPUS[self.system]}, {self.model.split('/')[-1]} {self.precision}, {ranks}"
+
+    @property
+    def half(self) -> str:
+        """Constants may be set by one half, and are judged by the other."""
+        return "one" if _digest(self.id) % 2 else "other"
+
+
+def _digest(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
+def read_rows() -> tuple[list[Row], dict[str, int]]:
+    """vLLM's rows on the GPUs we have profiles of, and how many were left out and why."""
+    frame = pd.read_csv(tables.systems_folder() / "silicon_sample.csv")
+    frame = frame[(frame.backend == "vllm") & (frame["mode"] == "agg")]
+    rows: list[Row] = []
+    left_out: dict[str, int] = {}
+
+    def leave_out(why: str) -> None:
+        left_out[why] = left_out.get(why, 0) + 1
+
+    for row in frame.itertuples():
+        named = re.search(r"concurrency=(\d+)", row.silicon_data_source)
+        experts_split = row.moe_tp_size * row.moe_ep_size > max(row.tp_size, 1)
+        if row.system not in GPUS:
+            leave_out("a GPU without a profile")
+        elif row.attention_dp_size > 1 or experts_split:
+            leave_out("data-parallel attention, which is several schedulers")
+        elif not named:
+            leave_out("the number of clients is not said")
+        elif row.osl > LONGEST_OUTPUT:
+            leave_out(f"answers of more than {LONGEST_OUTPUT} tokens")
+        elif int(named[1]) > MOST_CLIENTS:
+            leave_out(f"more than {MOST_CLIENTS} clients")
+        elif row.precision == "fp4" and "gpt-oss" not in row.model_path:
+            leave_out("4-bit floating point, which the simulator has no shape for")
+        else:
+            gap = "gap-analysis" in row.silicon_data_source
+            precision = "bf16" if pd.isna(row.precision) else row.precision
+            rows.append(
+                Row(
+                    row.id,
+                    (GAP_ANALYSIS if gap else INFERENCE_MAX).name,
+                    row.system,
+                    row.model_path,
+                    precision,
+                    "" if pd.isna(row.backend_version) else str(row.backend_version),
+                    int(row.tp_size),
+                    row.moe_ep_size > 1,
+                    int(row.isl),
+                    int(row.osl),
+                    int(named[1]),
+                    float(row.silicon_ttft_ms),
+                    float(row.silicon_tpot_ms),
+                )
+            )
+    return rows, left_out
+
+
+def chosen(rows: Iterable[Row]) -> list[Row]:
+    """Up to PER_GROUP rows a group, by a hash of their names: nothing of their times counts. Of
+    what was measured several times, one."""
+    groups: dict[str, list[Row]] = {}
+    seen = set()
+    for row in sorted(rows, key=lambda row: _digest("choose " + row.id)):
+        case = (row.group, row.input_length, row.output_length, row.concurrency)
+        if case not in seen:
+            seen.add(case)
+            groups.setdefault(row.group, []).append(row)
+    return sorted(
+        (row for group in groups.values() for row in group[:PER_GROUP]),
+        key=lambda row: (row.group, row.input_length, row.output_length, row.concurrency),
+    )
+
+
+def simulate(row: Row) -> dict[str, Any]:
+    """A row's run by our simulator, with vLLM's own scheduler."""
+    from vllm_duet.sim.engine import FrontEnd
+    from vllm_duet.sim.simulation import Options, Simulation
+    from vllm_duet.sim.traces import TraceRequest
+
+    recipe = GAP_ANALYSIS if row.recipe == GAP_ANALYSIS.name else INFERENCE_MAX
+    options = Options(
+        config_of(row),
+        gpu=GPUS[row.system],
+        scheduler="stock",
+        tensor_parallel_size=row.tp,
+        enable_expert_parallel=row.expert_parallel,
+        gpu_memory_utilization=0.9,
+        weight_dtype="fp8" if row.precision == "fp8" else None,
+        kv_dtype="fp8" if row.system in recipe.kv_fp8 else None,
+        enable_prefix_caching=False,
+        async_scheduling=recipe is INFERENCE_MAX,
+        max_num_seqs=recipe.max_num_seqs or row.concurrency,
+        concurrency=row.concurrency,
+        front_end=FrontEnd(FRONT_END_MS, TOKENIZER_US),
+    )
+    random = np.random.default_rng(0)
+    lengths = [
+        random.integers(
+            *(round(share * mean) for share in recipe.lengths),
+            size=10 * row.concurrency,
+            endpoint=True,
+        )
+        for mean in (row.input_length, row.output_length)
+    ]
+    requests = [TraceRequest(0.0, int(a), int(b)) for a, b in zip(*lengths, strict=True)]
+    simulation = Simulation(options)
+    start = time.perf_counter()
+    records = simulation.run(requests).records
+    return asdict(row) | {
+        "group": row.group,
+        "half": row.half,
+        "truth": simulation.truth,
+        "dense": simulation.shape.experts is None,
+        # Not all clients' requests fit the KV cache: what waits is the queue's length.
+        "saturated": bool(
+            row.concurrency * sum(map(np.mean, lengths)) > simulation.kv_cache_tokens
+        ),
+        "our_ttft_ms": float(np.mean([r.token_ms[0] - r.arrival_ms for r in records])),
+        "our_tpot_ms": float(
+            np.mean(
+                [(r.token_ms[-1] - r.token_ms[0]) / max(1, r.output_length - 1) for r in records]
+            )
+        ),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def config_of(row: Row) -> Path:
+    """The model's config.json in the wheel."""
+    name = CONFIGS.get(row.model, row.model.replace("/", "--"))
+    return tables.systems_folder().parent / "model_configs" / f"{name}_config.json"
+
+
+def known(row: Row) -> str:
+    """Why a row's model cannot be simulated; empty where it can."""
+    from vllm_duet.roofline import ModelShape
+
+    try:
+        ModelShape.from_hf_config(config_of(row), tensor_parallel_size=row.tp)
+    except (OSError, ValueError) as error:
+        return f"{row.model}: {str(error).split(';')[0]}"
+    return ""
+
+
+def impossible(rows: list[Row]) -> str:
+    """Why a model's rows cannot be what they seem: their own times imply more products than a
+    GPU computes, MOST_ARITHMETIC of its data sheet's peak, as if clients were spread over more
+    GPUs. Empty where they do not; experts are left out of the count."""
+    from vllm_duet.roofline import GpuProfile, ModelShape
+
+    most = 0.0
+    for row in rows:
+        shape = ModelShape.from_hf_config(config_of(row), weight_dtype="bfloat16")
+        if shape.experts:
+            continue
+        seconds = (row.ttft_ms + (row.output_length - 1) * row.tpot_ms) / 1e3
+        tokens = row.concurrency * (row.input_length + row.output_length)
+        peak = GpuProfile.load(GPUS[row.system]).peak_flops_per_s(
+            "fp8" if row.precision == "fp8" else "bfloat16", "bfloat16"
+        )
+        # Two FLOPs and two bytes for each weight.
+        most = max(most, shape.weight_bytes * tokens / seconds / (peak * row.tp))
+    if most <= MOST_ARITHMETIC:
+        return ""
+    return (
+        f"{rows[0].model}: their own times imply up to {most:.0%} of the GPUs' peak FLOP/s in"
+        " linear layers alone, so clients cannot be as many as they say"
+    )
+
+
+def main(
+    workers: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
+    page: Annotated[bool, typer.Option("--page", help="Only make the page anew.")] = False,
+    only: Annotated[str, typer.Option(help="Only groups with this in their name.")] = "",
+) -> None:
+    if not page:
+        serving(workers, only)
+        sm_curve()
+    if not only:
+        PAGE.write_text(write_page())
+
+
+def serving(workers: int, only: str) -> None:
+    """Whole systems; prints the errors, and writes serving.json unless ``only`` some ran."""
+    rows, left_out = read_rows()
+    models = {row.model: row for row in rows}
+    reasons = {
+        model: known(row) or impossible([r for r in rows if r.model == model])
+        for model, row in models.items()
+    }
+    for row in rows:
+        if reasons[row.model]:
+            left_out[reasons[row.model]] = left_out.get(reasons[row.model], 0) + 1
+    rows = chosen(row for row in rows if not reasons[row.model] and only in row.group)
+    results = []
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(simulate, row) for row in rows]
+        for future in track(as_completed(futures), total=len(rows), console=Console(stderr=True)):
+            results.append(future.result())
+            print(line(results[-1]), flush=True)
+    order = {row.id: n for n, row in enumerate(rows)}
+    results.sort(key=lambda result: order[result["id"]])
+    for half in ("one", "other"):
+        some = [r for r in results if r["half"] == half and not r["saturated"]]
+        if some:
+            print(half, len(some), *(f"{k} {mean_error(some, k):.1%}" for k in ("ttft", "tpot")))
+    if not only:
+        save("serving", {"left_out": left_out, "rows": results})
+
+
+def line(r: dict[str, Any]) -> str:
+    ttft, tpot = errors([r], "ttft")[0], errors([r], "tpot")[0]
+    return (
+        f"{r['group']} {r['input_length']}/{r['output_length']} c{r['concurrency']}:"
+        f" TTFT {r['our_ttft_ms']:.0f} for {r['ttft_ms']:.0f} ({ttft:+.0%}),"
+        f" TPOT {r['our_tpot_ms']:.1f} for {r['tpot_ms']:.1f} ({tpot:+.0%})"
+        f"{' saturated' if r['saturated'] else ''}, {r['half']}, {r['seconds']:.0f} s"
+    )
+
+
+def head() -> dict[str, Any]:
+    from vllm_duet.sim.results import provenance
+
+    command = shlex.join(["python", "eval/validation.py", *sys.argv[1:]])
+    return provenance(command) | {
+        "measured": f"{tables.release()}: systems/silicon_sample.csv",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
+    }
+
+
+def errors(rows: list[dict[str, Any]], of: str) -> np.ndarray[Any, Any]:
+    """(ours - measured) / measured."""
+    return np.array([row[f"our_{of}_ms"] / row[f"{of}_ms"] - 1 for row in rows])
+
+
+def mean_error(rows: list[dict[str, Any]], of: str) -> float:
+    return float(np.mean(np.abs(errors(rows, of))))
+
+
+QWEN2_5_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 28,
+    "vocab_size": 152064,
+    "torch_dtype": "bfloat16",
+}
+ITL_BY_SMS = {16: 28.48, 24: 19.94, 44: 12.98, 92: 12.13, 108: 10.78}
+"""Milliseconds between tokens of Qwen2.5-7B at batch 4 on an A100, p50, prefill held at 16 SMs
+(108: unsplit): asuan99/prefill-layer-alloc, FINDINGS_8B_2026-07-28.md, on SGLang."""
+
+
+def sm_curve() -> None:
+    """Decode on fewer SMs, by the A100 profile; writes sm_curve.json."""
+    from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
+
+    profile = GpuProfile.load("a100-sxm-80g")
+    roofline = Roofline(ModelShape.from_hf_config(QWEN2_5_7B), profile)
+    decode = roofline.decode_summary([1000] * 4)
+    rows = [
+        {"sms": sms, "measured_ms": ms, "our_ms": float(roofline.step_ms(decode, sms))}
+        for sms, ms in ITL_BY_SMS.items()
+    ]
+    save("sm_curve", {"rows": rows})
+
+
+def save(name: str, content: dict[str, Any]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"provenance": head()} | content, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+
+
+def write_page() -> str:
+    """docs/validation.md of the files under eval/results/validation."""
+    serving = json.loads((RESULTS / "serving.json").read_text())
+    curve = json.loads((RESULTS / "sm_curve.json").read_text())["rows"]
+    rows = serving["rows"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    judged = [row for row in rows if not row["saturated"]]
+    lines = [TOP.format(**numbers(rows, serving))]
+    lines += table(
+        ("rows", "measurements", "TTFT", "TPOT", "goal (15 %, 10 %)"),
+        [
+            (name, str(len(some)), error(some, "ttft"), error(some, "tpot"), goal(some))
+            for name, some in (
+                ("all that are not saturated", judged),
+                ("of them, one half", of(judged, half="one")),
+                ("of them, the other half", of(judged, half="other")),
+                *(
+                    (f"{recipe.name}, {what}", of(judged, recipe=recipe.name, dense=dense))
+                    for recipe in (INFERENCE_MAX, GAP_ANALYSIS)
+                    for what, dense in (("dense", True), ("mixture of experts", False))
+                ),
+                ("saturated (the KV cache is too small for all clients)", of(rows, saturated=True)),
+            )
+            if some
+        ],
+    )
+    lines += [PUBLISHED]
+    lines += table(
+        ("GPU, model, ranks", "measurements", "saturated", "TTFT", "TPOT", "truth"),
+        [
+            (
+                name,
+                str(len(some)),
+                str(len(of(some, saturated=True))),
+                error(of(some, saturated=False), "ttft"),
+                error(of(some, saturated=False), "tpot"),
+                "roofline" if "roofline" in some[0]["truth"] else "measured",
+            )
+            for name, some in groups.items()
+        ],
+    )
+    lines += [NOTES, "Left out of the measurements on file:", ""]
+    lines += [f"* {n}: {why}" for why, n in sorted(serving["left_out"].items())]
+    lines += [SM_CURVE]
+    lines += table(
+        ("SMs", "measured ms", "ours ms", "error"),
+        [
+            (
+                str(row["sms"]),
+                f"{row['measured_ms']:.2f}",
+                f"{row['our_ms']:.2f}",
+                f"{row['our_ms'] / row['measured_ms'] - 1:+.1%}",
+            )
+            for row in curve
+        ],
+    )
+    operators = RESULTS / "operators.json"
+    if operators.exists():
+        lines += [OPERATORS]
+    return "\n".join(lines) + "\n"
+
+
+def of(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def error(rows: list[dict[str, Any]], of: str) -> str:
+    """The mean absolute error, and the median in brackets with its sign."""
+    if not rows:
+        return ""
+    return f"{mean_error(rows, of):.0%} ({np.median(errors(rows, of)):+.0%})"
+
+
+def goal(rows: list[dict[str, Any]]) -> str:
+    met = mean_error(rows, "ttft") <= 0.15, mean_error(rows, "tpot") <= 0.10
+    return ", ".join("met" if each else "missed" for each in met)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [
+        "",
+        "| " + " | ".join(head) + " |",
+        "| " + " | ".join("---" for _ in head) + " |",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def numbers(rows: list[dict[str, Any]], serving: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "measured": serving["provenance"]["measured"],
+        "count": len(rows),
+        "per_group": PER_GROUP,
+        "longest": LONGEST_OUTPUT,
+        "clients": MOST_CLIENTS,
+        "front_end_ms": FRONT_END_MS,
+        "tokenizer_us": TOKENIZER_US,
+        "recipes": "\n".join(f"* {r.name}: {r.sources}." for r in (INFERENCE_MAX, GAP_ANALYSIS)),
+    }
+
+
+TOP = """# Validation
+
+Made by `python eval/validation.py`; not to be edited. What others measured, beside what ours says.
+
+## Whole systems
+
+**Simulated beside measured.** Each row of {measured}
+is a closed loop of clients against vLLM: mean TTFT and TPOT. Ours is the simulator with vLLM's own
+scheduler and with NVIDIA's operator tables as the truth ([design.md](design.md), "The simulator").
+{count} rows: up to {per_group} of each GPU, model, precision and number of ranks, taken by a hash
+of their names, with answers of up to {longest} tokens and up to {clients} clients.
+
+How they were run is not in the file. Taken from elsewhere:
+
+{recipes}
+
+Their TTFT is taken for the mean: only so InferenceMAX's rows agree with ten prompts a client, of
+which the first come all at once.
+
+Constants, and where they are from:
+
+* {front_end_ms:g} ms a request and {tokenizer_us:g} us a token of its prompt in client, HTTP
+  and tokenizer, one request after the other: assumed. What matters most is that it is not 0: a
+  client's next request then misses the step that is scheduled when its answer ends.
+* What the CPU takes for a step: this project's measurement of stock vLLM on two CPU cores.
+* 300 us a step on the GPU outside the model and 2 us for a small kernel: vllm_duet/sim/measured.py.
+
+No constant was fitted by a method. Some choices were made with errors of rows from both halves in
+sight: the front end's cost, the second recipe's lengths, that sizes in the tables of all-reduces
+are elements (8-bit and 16-bit rows agree only so), the smoothing of disturbed benchmarks, and the
+rules by which rows are left out. The halves, by a hash of the rows' names, are for fits to come.
+
+Errors are mean absolute ones, in brackets the median with its sign: positive is too slow."""
+
+PUBLISHED = """
+Others' simulators, as published, on other rows than these: blis-evolved 23 % (TTFT) and 22 % (ITL),
+Vidur 16 % and 11 % (Llama-2-7B alone), aiconfigurator 21 % (ITL).
+"""
+
+NOTES = """
+Where ours is far off, and why as far as is known:
+
+* gpt-oss ran with other kernels than the tables': on a B200 with MXFP8 activations, half as long
+  in prefill; on H100 and H200 with Marlin, longer in prefill, alike in decode.
+* Qwen3-235B: whatever the number of clients, a token takes what reading all experts' weights takes
+  twice, as if a kernel of vLLM 0.12 did; the table's, of 0.24, reads those that tokens fall on.
+* TTFT of the gap analysis: as if three or four clients sent together, whatever their number, which
+  nothing in a closed loop explains; its TPOT is met.
+* TTFT on a B200 is 15 % and 30 to 60 ms short at every number of ranks; its TPOT is not.
+* Saturated rows: profiles hold the memory of data sheets, and drivers report 5 to 9 GB more on
+  these GPUs, so that our KV cache is full sooner.
+* Prefill on one GPU is some 15 % short, where it is longest: a benchmark is over before the GPU has
+  to lower its clocks.
+"""
+
+SM_CURVE = """
+## Decode on fewer SMs
+
+Qwen2.5-7B on an A100, batch 4, on green contexts, with prefill on 16 SMs beside it (108: nothing
+beside it). Measured by asuan99/prefill-layer-alloc (FINDINGS_8B_2026-07-28.md, figures cited); ours
+is the A100 profile's roofline, at 1,000 tokens a request."""
+
+OPERATORS = """
+## Operators
+
+How far forecasts are from the measured operators: `eval/results/validation/operators.json`."""
+
+
+if __name__ == "__main__":
+    typer.run(main)
