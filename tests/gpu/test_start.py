@@ -95,13 +95,12 @@ def test_lanes_cover_every_decode_and_take_their_memory_from_the_kv_cache(tmp_pa
     with running(tmp_path) as engine:
         assert reported_lanes(engine.vllm_config).most_decodes == engine.runner.max_num_reqs
         lane_bytes, with_lanes = engine.runner.lane_bytes, kv_cache_bytes(engine)
-        engine.serve(clients(0))
-        given = engine.llm_engine.model_executor.driver_worker.worker.requested_memory
-        unused = given - engine.gpu.count("device_bytes")
-        assert 0 <= unused < CUBLAS_WORKSPACE_BYTES, f"{unused} bytes"
+        unused = unused_bytes(engine)
     with running(tmp_path, {}) as engine:
         assert_serves_whole(engine, "the CUDA lanes are not switched on")
         assert 0 < lane_bytes <= kv_cache_bytes(engine) - with_lanes
+        # Stock vLLM 0.33 takes more than it was given; with lanes it is not to take more still.
+        assert min(0, unused_bytes(engine)) <= unused < CUBLAS_WORKSPACE_BYTES, f"{unused} bytes"
 
 
 @on_fake_gpu()
@@ -124,6 +123,13 @@ def test_what_a_lane_keeps_in_use_is_not_taken_from_the_kv_cache_twice(tmp_path)
         )
         assert in_use > 0
         assert engine.runner._activation_bytes == total - in_use
+
+
+def unused_bytes(engine) -> int:
+    """What vLLM was given of the GPU's memory and has not taken, when all kinds of steps ran."""
+    engine.serve(clients(0))
+    given = engine.llm_engine.model_executor.driver_worker.worker.requested_memory
+    return given - engine.gpu.count("device_bytes")
 
 
 def kv_cache_bytes(engine) -> int:
