@@ -145,7 +145,13 @@ class DuetScheduler(AsyncScheduler):
         if plan.mode is Mode.SPLIT:
             if not as_planned and all(batch := batch_of(output)):
                 # The prefix cache held some of it, or the KV cache had no room.
-                plan = self._policy.decide(*batch, can_split=True, load=self._step_times.load)
+                again = self._policy.decide(*batch, can_split=True, load=self._step_times.load)
+                if again.mode is Mode.CAPPED:
+                    # For a cap it is too late, and whole it would break the bound: split as
+                    # planned, its time taken to be in proportion to the tokens.
+                    share = sum(batch[1]) / prefill_tokens
+                    again = replace(plan, prefill_ms=plan.prefill_ms * share)
+                plan = again
             if (
                 plan.mode is Mode.SPLIT
                 and (decode := self._split(output, plan, num_decodes)) is not None

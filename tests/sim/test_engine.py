@@ -29,7 +29,8 @@ from sim.harness import (
     token_times,
 )
 
-from vllm_duet.policy import AGGREGATED_STEP, DECODE_LANE, PREFILL_LANE
+from vllm_duet.plan import DuetPlan, Mode
+from vllm_duet.policy import AGGREGATED_STEP, DECODE_LANE, PREFILL_LANE, ForecastPolicy
 from vllm_duet.sim.engine import CpuCosts, FrontEnd, RequestRecord
 from vllm_duet.sim.executor import Disturbances, Interval
 from vllm_duet.sim.simulation import BLOCK_SIZE, Options, Outcome, Simulation, SimulationError
@@ -337,6 +338,29 @@ def test_the_systems_decide_differently() -> None:
     assert steps["duet-no-splits"]["split"] == 0
     assert steps["duet-no-splits"]["capped"] > 0
     assert steps["duet-no-caps"]["capped"] == steps["paper"]["capped"] == 0
+
+
+def test_what_is_left_of_a_split_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two prompts to be split the KV cache takes one, which a policy would rather cut. For that
+    it is too late, and whole it could break the bound."""
+
+    def decide(self: Any, decodes: Any, queries: list[int], contexts: Any, **_: Any) -> DuetPlan:
+        if len(queries) > 1:
+            return DuetPlan(Mode.SPLIT, "", 48, 84, prefill_ms=80.0, tbt_ms=10.0)
+        return DuetPlan(Mode.CAPPED, "", max_prefill_tokens=256, tbt_ms=12.0)
+
+    sim = simulation("duet", kv_cache_tokens=8000, max_num_batched_tokens=8192)
+    monkeypatch.setattr(ForecastPolicy, "decide", decide)
+    trace = [
+        TraceRequest(0.0, 300, 400),
+        TraceRequest(900.0, 4000, 8),
+        TraceRequest(900.0, 4000, 8),
+    ]
+    outcome = sim.run(trace)
+    launched = [lane.prefill_tokens for lane in of_lane(outcome.intervals, "prefill")]
+    whole = [step.prefill_tokens for step in outcome.intervals if step.mode == "mixed"]
+    assert launched == [4000] and max(whole) <= 256
+    assert outcome.steps_by_mode["split"] > 0
 
 
 def test_the_longest_request_that_is_not_rejected_is_served() -> None:
