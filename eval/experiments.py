@@ -421,7 +421,8 @@ def _rows(asked: Sequence[Run], figures: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def _write(name: str, rows: list[dict[str, Any]]) -> None:
-    head = provenance(shlex.join(["python", "eval/experiments.py", *sys.argv[1:2]]))
+    asked = [*sys.argv[1:2], *(option for option in sys.argv if option == "--short")]
+    head = provenance(shlex.join(["python", "eval/experiments.py", *asked]))
     head |= {
         "model": "Qwen3-8B, bf16",
         "gpu": "h100-sxm",
