@@ -53,7 +53,8 @@ MAIN = (*TRACES, "4096/512")
 RATIOS = tuple(name for name, workload in WORKLOADS.items() if workload.file is None)
 MODEL_ERRORS = (0.0, 0.1, 0.2)
 TABLE_ERROR = 0.1
-SHORT = ("default", "split", "duet")
+SHORT = (("default", 0.0), ("split", 0.0), ("duet", TABLE_ERROR))
+"""Kinds of system, and the error of their forecasts."""
 
 # The static systems that are searched over: (scheduler, token budget).
 STATIC: dict[str, tuple[tuple[str, int], ...]] = {
@@ -138,10 +139,7 @@ def goodput(traces: Traces, short: Short = False) -> None:
         guesses = {name: found.rate or WORKLOADS[name].lowest for name, found in best.items()}
         asked = [(name, *pair) for name in MAIN for pair in _asked(name, bound)]
         if short:
-            asked = [
-                a for a in asked if a[1] in SHORT and a[2][0].model_error in (0.0, TABLE_ERROR)
-            ]
-            asked = [a for a in asked if a[1] != "duet" or a[2][0].model_error]
+            asked = [a for a in asked if (a[1], a[2][0].model_error) in SHORT]
         found = goodputs(runs, [Search(runs_, guess=guesses[name]) for name, _, runs_ in asked])
         kinds = [*((name, "budget") for name in MAIN), *((name, kind) for name, kind, _ in asked)]
         at_most = [*best.values(), *found]

@@ -198,7 +198,7 @@ def simulate(row: Row) -> dict[str, Any]:
         tensor_parallel_size=row.tp,
         enable_expert_parallel=row.expert_parallel,
         gpu_memory_utilization=0.9,
-        weight_dtype="fp8" if row.precision == "fp8" else None,
+        weight_dtype="fp8" if row.precision == "fp8" and not quantized(row) else None,
         kv_dtype="fp8" if row.system in recipe.kv_fp8 else None,
         enable_prefix_caching=False,
         async_scheduling=recipe is INFERENCE_MAX,
@@ -242,6 +242,11 @@ def config_of(row: Row) -> Path:
     """The model's config.json in the wheel."""
     name = CONFIGS.get(row.model, row.model.replace("/", "--"))
     return tables.systems_folder().parent / "model_configs" / f"{name}_config.json"
+
+
+def quantized(row: Row) -> bool:
+    """Whether the config itself says how the weights are quantized."""
+    return "quantization_config" in json.loads(config_of(row).read_text())
 
 
 def known(row: Row) -> str:

@@ -42,7 +42,7 @@ BANDWIDTH = 8 * 128 * 4 / DECODE
 def made_up(gpu: str, table: str) -> pd.DataFrame:
     """Times in proportion to the work, so that interpolation is exact."""
     rows: list[dict[str, Any]] = []
-    heads = dict(head_dim=128, kv_cache_dtype="bfloat16")
+    heads = dict(head_dim=128, kv_cache_dtype="bfloat16", window_size=0)
     if table == "gemm":
         sizes = (64, 1024, 65536)
         rows = [
@@ -72,7 +72,8 @@ def made_up(gpu: str, table: str) -> pd.DataFrame:
             )
         ]
     elif table == "custom_allreduce":
-        rows = [dict(num_gpus=2, message_size=n, ms=REDUCE * n) for n in (1, 1 << 30)]
+        graph = dict(num_gpus=2, backend="vllm_graph")
+        rows = [graph | dict(message_size=n, ms=REDUCE * n) for n in (1, 1 << 30)]
     else:
         unit = {"all_reduce": 2 * REDUCE, "all_gather": GATHER}
         rows = [

@@ -36,7 +36,6 @@ from vllm_duet.roofline import (
     BatchSummary,
     ExpertShape,
     GpuProfile,
-    LatentShape,
     ModelShape,
     Operator,
     Roofline,
@@ -192,8 +191,6 @@ def attentions(gpu: str, phase: str) -> list[Series]:
     data = tables.read(gpu, "context_attention" if prefill else "generation_attention")
     if prefill:
         data = data[data.isl > 1]  # vLLM runs one token as decode
-    if "window_size" not in data:
-        data = data.assign(window_size=0)
     keys = ["num_heads", "num_key_value_heads", "head_dim", "window_size", "kv_cache_dtype"]
     return [
         attention(
@@ -274,7 +271,7 @@ def attention(
 
 def experts(gpu: str) -> list[Series]:
     """All kernels of a layer's routed experts, without expert parallelism, by load."""
-    names = {"int4_wo": "int4", "w4a16_mxfp4": "mxfp4"}
+    names = {theirs: ours for ours, theirs in tables.EXPERT_DTYPES.items()}
     data = tables.read(gpu, "moe")
     wide = data.inter_size >= MIN_WIDTH * data.moe_tp_size
     data = data[(data.moe_ep_size == 1) & wide].assign(moe_dtype=data.moe_dtype.replace(names))
@@ -367,11 +364,11 @@ def latent_attention(
     """``requests`` [N] of ``tokens`` [N] each."""
     shape = replace(
         SHAPE,
-        hidden_size=7168,
+        hidden_size=tables.LATENT_HIDDEN_SIZE,
         num_heads=heads,
         num_kv_heads=heads,
         kv_dtype=kv_dtype,
-        latent=LatentShape(1536, 512, 128, 64, 128),
+        latent=tables.LATENT,
     )
     if phase == "prefill":
         length, units = (tokens + 1) / 2, requests * tokens
@@ -385,7 +382,7 @@ def latent_attention(
         length, units = tokens, requests
         summary = BatchSummary(decode_tokens=requests, decode_kv_tokens=requests * tokens)
     return Series(
-        f"mla_{phase} {'fp8' if kv_dtype == 'fp8' else 'bfloat16'}",
+        f"mla_{phase} {shape.kernel_kv_dtype}",
         f"{heads} latent heads",
         tuple(operators.latent_attention(shape)),
         summary,
@@ -402,25 +399,19 @@ def latent_attention(
 
 
 def all_reduces(gpu: str) -> list[Series]:
-    """vLLM's own kernel in a CUDA graph, and NCCL beyond what that takes.
-
-    ``message_size`` counts elements: NCCL sums 2^29 of 8 bits in the time of 2^28 of 16.
-    """
+    """vLLM's own kernel in a CUDA graph, and NCCL beyond what that takes."""
     custom, nccl = tables.read(gpu, "custom_allreduce"), tables.read(gpu, "nccl")
     custom = custom[custom.backend == "vllm_graph"]
-    custom = custom.assign(size=2 * custom.message_size)
     nccl = nccl[(nccl.op_name == "all_reduce") & (nccl.nccl_dtype == "half")]
-    nccl = nccl.assign(size=2 * nccl.message_size)
-    both = pd.concat([custom[custom["size"] <= CUSTOM_BYTES], nccl[nccl["size"] > CUSTOM_BYTES]])
+    most = tables.CUSTOM_ALL_REDUCE_BYTES // tables.COLLECTIVE_ELEMENT_BYTES
+    both = pd.concat([custom[custom.message_size <= most], nccl[nccl.message_size > most]])
+    sizes = tables.COLLECTIVE_ELEMENT_BYTES * both.message_size
     return [
         all_reduce(int(gpus), np.array([size], np.float64), np.array([ms]))
-        for gpus, size, ms in zip(both.num_gpus, both["size"], both.ms, strict=True)
+        for gpus, size, ms in zip(both.num_gpus, sizes, both.ms, strict=True)
         if size >= LEAST_BYTES
     ]
 
-
-CUSTOM_BYTES = 8 * 2**20
-"""The most that vLLM's custom all-reduce takes. Source: vLLM, CustomAllreduce.max_size."""
 
 LEAST_BYTES = 4096
 """One token of a hidden state of 2048."""

@@ -16,6 +16,8 @@ from typing import Literal
 import pandas as pd
 from packaging.version import Version
 
+from vllm_duet.roofline.layer_shapes import LatentShape
+
 SYSTEMS = {
     "a100-sxm-80g": "a100_sxm",
     "h100-sxm": "h100_sxm",
@@ -26,6 +28,20 @@ SYSTEMS = {
     "rtx-pro-6000": "rtx_pro_6000_server",
 }
 """Our profiles' names, and the names that the tables have for these GPUs."""
+
+CUSTOM_ALL_REDUCE_BYTES = 8 << 20
+"""Up to here vLLM sums by its own kernel, beyond by NCCL. Source: CustomAllreduce.max_size."""
+
+COLLECTIVE_ELEMENT_BYTES = 2
+"""``message_size`` in the tables of collectives counts elements, of 16 bits but for NCCL's rows of
+8 bits: 2^29 of those take what 2^28 of 16 bits do, and as bytes two H100 would not pass 160 GB/s
+over NVLink."""
+
+EXPERT_DTYPES = {"mxfp4": "w4a16_mxfp4", "int4": "int4_wo"}
+"""What the table of experts calls weights that it has under another name than ours."""
+
+LATENT_HIDDEN_SIZE, LATENT = 7168, LatentShape(1536, 512, 128, 64, 128)
+"""Whose modules of latent attention were measured: DeepSeek-V3's."""
 
 Table = Literal[
     "gemm",
@@ -76,7 +92,8 @@ def systems_folder() -> Path:
 def read(gpu: str, table: Table) -> pd.DataFrame:
     """The newest table of an operator on a GPU, ``gpu`` being a name in SYSTEMS.
 
-    Columns as in the file, but ``latency`` is ``ms``. ``kernel_source`` names the kernel that
+    Columns as in the file, but ``latency`` is ``ms``, and attention has a ``window_size``, 0 where
+    a table knows of none. ``kernel_source`` names the kernel that
     vLLM chose for a case. ``attrs["source"]`` names tables, GPU, and release of vLLM. Callers
     must not change what they get.
 
@@ -96,6 +113,8 @@ def read(gpu: str, table: Table) -> pd.DataFrame:
     if not files:
         raise NotMeasuredError(f"{release()} has no table {table} for {gpu}")
     found = pd.read_parquet(files[-1]).rename(columns={"latency": "ms"})
+    if table.endswith("_attention") and "window_size" not in found:
+        found["window_size"] = 0
     of = "NCCL" if table == "nccl" else "vLLM"
     found.attrs["source"] = f"{release()}, {SYSTEMS[gpu]}, {of} {files[-1].parent.name}"
     return found

@@ -228,6 +228,11 @@ class ModelShape:
         return KV_BYTES[self.kv_dtype]
 
     @property
+    def kernel_kv_dtype(self) -> str:
+        """What attention's times go by: "fp8", or "bfloat16" for either dtype of 16 bits."""
+        return "fp8" if self.kv_element_bytes == 1 else "bfloat16"
+
+    @property
     def compute_dtype(self) -> str:
         """What the linear layers multiply in."""
         return self.multiplied_in(self.weight_dtype)

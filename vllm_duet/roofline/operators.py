@@ -150,10 +150,15 @@ def linear(
         rows=rows,
         columns=fan_out,
         depth=fan_in,
-        measured=f"gemm {dtype if dtype != 'float16' else 'bfloat16'}",
+        measured=f"gemm {_timed_as(dtype)}",
         units=rows,
         at=(fan_out, fan_in),
     )
+
+
+def _timed_as(weight_dtype: str) -> str:
+    """Either dtype of 16 bits takes the times of the other."""
+    return "bfloat16" if weight_dtype == "float16" else weight_dtype
 
 
 def rowwise(
@@ -248,10 +253,10 @@ def rope(shape: ModelShape, width: int, layers: int, prefix: str = "") -> Operat
     return rowwise(f"{prefix}rope", shape, 2 * width, layers)
 
 
-def kv_write(shape: ModelShape, width: int, layers: int, prefix: str = "") -> Operator:
+def kv_write(shape: ModelShape, width: int, layers: int) -> Operator:
     """Copy ``width`` new elements a token into their KV blocks."""
     size = width * (shape.activation_bytes + shape.kv_element_bytes)
-    return Operator(f"{prefix}kv_write", Kind.ROWWISE, layers, bytes={"tokens": size})
+    return Operator("kv_write", Kind.ROWWISE, layers, bytes={"tokens": size})
 
 
 def attention_prefill(
@@ -284,10 +289,9 @@ def _attention(
 ) -> Operator:
     heads = heads or HeadShape(shape.num_kv_heads, shape.head_dim)
     width = shape.local_heads * heads.head_dim
-    kv_width = shape.local_share(heads.num_kv_heads) * heads.head_dim
-    kv_write = 2 * kv_width * (shape.activation_bytes + shape.kv_element_bytes)
-    local_kv_heads = shape.local_share(heads.num_kv_heads)
-    kv_dtype = "fp8" if shape.kv_element_bytes == 1 else "bfloat16"
+    kv_heads = shape.local_share(heads.num_kv_heads)
+    kv_width = kv_heads * heads.head_dim
+    written = 2 * kv_width * (shape.activation_bytes + shape.kv_element_bytes)
     return Operator(
         f"attention_{phase}{'_window' if window else ''}",
         Kind.ATTENTION,
@@ -295,16 +299,16 @@ def _attention(
         flops={pairs: 4.0 * width},
         bytes={
             f"{phase}_{window}kv_tokens": 2 * kv_width * shape.kv_element_bytes,
-            f"{phase}_tokens": 2 * width * shape.activation_bytes + kv_write,
+            f"{phase}_tokens": 2 * width * shape.activation_bytes + written,
         },
         gate=f"has_{phase}",
         dtype=shape.activation_dtype,
-        measured=f"{phase} attention {'window ' if window else ''}{kv_dtype}",
+        measured=f"{phase} attention {'window ' if window else ''}{shape.kernel_kv_dtype}",
         units=f"{phase}_tokens",
-        units_each=local_kv_heads if phase == "decode" else shape.local_heads,
+        units_each=kv_heads if phase == "decode" else shape.local_heads,
         amount=pairs,
         at=(
-            shape.local_heads / local_kv_heads,
+            shape.local_heads / kv_heads,
             heads.head_dim,
             *([shape.sliding_window or 0] if window else []),
         ),
@@ -326,7 +330,6 @@ def latent_attention(shape: ModelShape) -> list[Operator]:
     kv_b = linear(
         "kv_b_proj", shape, r, h * (n + v), layers, rows="prefill_kv_tokens", gate="has_prefill"
     )
-    kv_dtype = "fp8" if shape.kv_element_bytes == 1 else "bfloat16"
     prefill = Operator(
         "attention_prefill",
         Kind.ATTENTION,
@@ -338,7 +341,7 @@ def latent_attention(shape: ModelShape) -> list[Operator]:
         },
         gate="has_prefill",
         dtype=shape.activation_dtype,
-        measured=f"mla_prefill {kv_dtype}",
+        measured=f"mla_prefill {shape.kernel_kv_dtype}",
         units="prefill_tokens",
         amount="prefill_pairs",
         at=(h,),
@@ -351,7 +354,7 @@ def latent_attention(shape: ModelShape) -> list[Operator]:
         prefill,
         replace(
             absorbed_attention(shape, "decode", "decode_kv_tokens", "decode_kv_tokens", h),
-            measured=f"mla_decode {kv_dtype}",
+            measured=f"mla_decode {shape.kernel_kv_dtype}",
             units="decode_tokens",
             amount="decode_kv_tokens",
             at=(h,),
@@ -423,7 +426,7 @@ def sparse_attention(shape: ModelShape) -> list[Operator]:
     m, indexer = shape.latent, shape.indexer
     assert m is not None and indexer is not None
     padded = -(-shape.local_heads // SPARSE_HEADS) * SPARSE_HEADS
-    pairs, kv_tokens = "decode_window_kv_tokens", "decode_window_kv_tokens"
+    seen = "decode_window_kv_tokens"
     layers = shape.num_attention_layers
     written = layers * m.cache_dim * (shape.activation_bytes + shape.kv_element_bytes)
     written += indexer.num_layers * (
@@ -435,7 +438,7 @@ def sparse_attention(shape: ModelShape) -> list[Operator]:
         Operator("kv_write", Kind.ROWWISE, layers, bytes={"tokens": written / layers}),
         absorb(shape, "tokens", "step"),
         absorbed_attention(shape, "prefill", "prefill_window_pairs", "prefill_kv_tokens", padded),
-        absorbed_attention(shape, "decode", pairs, kv_tokens, padded),
+        absorbed_attention(shape, "decode", seen, seen, padded),
         o_proj(shape, shape.local_heads * m.v_head_dim, layers),
     ]
 
@@ -625,9 +628,8 @@ def experts(shape: ModelShape, expert_tile_rows: int) -> list[Operator]:
     k, width = m.experts_per_token, shape.local_width(m.intermediate_size)
     first, parts = ("gate_up", 2) if shape.gated_mlp else ("up", 1)
 
-    dtype = "bfloat16" if shape.expert_dtype == "float16" else shape.expert_dtype
     case: dict[str, Any] = dict(
-        measured=f"experts {dtype} {m.load}",
+        measured=f"experts {_timed_as(shape.expert_dtype)} {m.load}",
         units="tokens",
         units_each=k,
         at=(m.num_experts, width, hidden),

@@ -22,8 +22,17 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from vllm_duet.measured.tables import NotMeasuredError, Table, read
-from vllm_duet.roofline import LatentShape, ModelShape
+from vllm_duet.measured.tables import (
+    COLLECTIVE_ELEMENT_BYTES,
+    CUSTOM_ALL_REDUCE_BYTES,
+    EXPERT_DTYPES,
+    LATENT,
+    LATENT_HIDDEN_SIZE,
+    NotMeasuredError,
+    Table,
+    read,
+)
+from vllm_duet.roofline import ModelShape
 
 __all__ = ["Attention", "GatedDelta", "LatentAttention", "MeasuredSteps", "NotMeasuredError"]
 
@@ -33,9 +42,6 @@ SMALL_KERNEL_US = 2.0
 """A kernel of a few rows inside a CUDA graph, its launch included: norm, rotary embedding,
 activation. The smallest kernel in the tables (GDN's convolution of one token on an H100) takes
 1.8 us."""
-
-CUSTOM_ALL_REDUCE_ELEMENTS = (8 << 20) // 2
-"""Up to 8 MiB of 16 bits vLLM's own all-reduce, above NCCL's (CustomAllreduce's max_size)."""
 
 SPIKE = 1.4
 """How much slower than its neighbours a product has to be to count as a disturbed benchmark."""
@@ -49,9 +55,6 @@ BEYOND_CACHES = 5e8
 EXPERT_LOAD = "power_law_1.01"
 """How tokens fall on experts, of the three ways that were measured: neither evenly nor, as with
 power_law_1.2, the most unevenly. An assumption."""
-
-EXPERT_DTYPES = {"mxfp4": "w4a16_mxfp4", "int4": "int4_wo"}
-"""What the table of experts calls weights that it has under another name."""
 
 LARGEST_STEP = 1 << 20
 """Tokens of the largest step that a curve knows."""
@@ -72,11 +75,9 @@ class MeasuredSteps:
         shape: ModelShape,
         gpu: str,
         *,
-        block_fp8: bool = False,
         expert_parallel: bool = False,
     ) -> None:
-        """``gpu`` is a name in ``tables.SYSTEMS``; ``block_fp8``: the weights are fp8 with a
-        scale for each block of 128 x 128; ``expert_parallel``: ranks hold whole experts.
+        """``gpu`` is a name in ``tables.SYSTEMS``; ``expert_parallel``: ranks hold whole experts.
 
         Raises:
             NotMeasuredError: a table of this GPU lacks a kernel of this model; says which.
@@ -92,8 +93,8 @@ class MeasuredSteps:
         ):
             if present:
                 raise NotMeasuredError(f"no truth is made of tables for {what} yet")
-        quantized = _table_dtype(shape.weight_dtype, block_fp8)
-        self._expert_dtype = _table_dtype(shape.expert_dtype, block_fp8)
+        quantized = _table_dtype(shape.weight_dtype)
+        self._expert_dtype = _table_dtype(shape.expert_dtype)
         self._attention: list[tuple[int, Attention | LatentAttention | GatedDelta, int]] = []
         for layers, window in (
             (shape.num_full_layers, 0),
@@ -236,7 +237,7 @@ class Attention:
         )
         self._window = window
         # Where this window is not measured, all is scaled by what it hides.
-        self._measured_window = window if window in _column(context, "window_size") else 0
+        self._measured_window = window if (context.window_size == window).any() else 0
         self.bytes_per_token = (
             2 * shape.local_kv_heads * shape.head_dim * shape.kv_element_bytes / self._decode_split
         )
@@ -293,11 +294,11 @@ class LatentAttention:
 
     def __init__(self, gpu: str, shape: ModelShape, dtype: str) -> None:
         """``dtype``: what the tables call the projections' weights."""
-        if (shape.hidden_size, shape.latent) != (7168, LatentShape(1536, 512, 128, 64, 128)):
+        if (shape.hidden_size, shape.latent) != (LATENT_HIDDEN_SIZE, LATENT):
             raise NotMeasuredError(
                 f"latent attention of {shape.architecture}'s sizes is not measured"
             )
-        kv_dtype = "fp8" if shape.kv_dtype.startswith("fp8") else "bfloat16"
+        kv_dtype = shape.kernel_kv_dtype
         modules: tuple[tuple[Table, str], ...] = (
             ("mla_context_module", "isl"),
             ("mla_generation_module", "step"),
@@ -400,19 +401,17 @@ def gemm_ms(gpu: str, dtype: str, n: int, k: int, rows: FloatArray) -> FloatArra
 
 def all_reduce_ms(gpu: str, num_gpus: int, elements: FloatArray) -> FloatArray:
     """Times in ms to sum tensors of 16-bit ``elements`` over ranks: vLLM's kernel inside a
-    CUDA graph up to CUSTOM_ALL_REDUCE_ELEMENTS, above it NCCL's.
+    CUDA graph up to CUSTOM_ALL_REDUCE_BYTES, above it NCCL's.
 
     Raises:
         NotMeasuredError: not with as many GPUs.
     """
     table = read(gpu, "custom_allreduce")
-    # The A100's table has no column for it, and holds graphs.
-    if "backend" in table:
-        table = table[table.backend.str.endswith("graph")]
+    table = table[table.backend == "vllm_graph"]
     custom = _by_size(table[table.num_gpus == num_gpus], gpu, num_gpus)
     return np.asarray(
         np.where(
-            elements <= CUSTOM_ALL_REDUCE_ELEMENTS,
+            COLLECTIVE_ELEMENT_BYTES * elements <= CUSTOM_ALL_REDUCE_BYTES,
             _of_size(custom, elements),
             nccl_ms(gpu, "all_reduce", num_gpus, elements),
         )
@@ -421,9 +420,6 @@ def all_reduce_ms(gpu: str, num_gpus: int, elements: FloatArray) -> FloatArray:
 
 def nccl_ms(gpu: str, operation: str, num_gpus: int, elements: FloatArray) -> FloatArray:
     """Times in ms of one of NCCL's collectives on tensors of 16-bit ``elements``.
-
-    ``message_size`` in these tables counts elements: 2^29 of 8 bits take what 2^28 of 16 do,
-    and as bytes two H100 would not pass 160 GB/s over NVLink.
 
     Raises:
         NotMeasuredError: not with as many GPUs.
@@ -439,18 +435,14 @@ def nccl_ms(gpu: str, operation: str, num_gpus: int, elements: FloatArray) -> Fl
 def _bytes_per_ms(gpu: str) -> float:
     """Memory bandwidth: the most that any decode attention read, of BEYOND_CACHES or more."""
     table = read(gpu, "generation_attention")
-    if "window_size" in table:
-        table = table[table.window_size == 0]
-    table = table[table.kv_cache_dtype == "bfloat16"]
+    table = table[(table.window_size == 0) & (table.kv_cache_dtype == "bfloat16")]
     moved = table.batch_size * (table["step"] + 1) * table.num_key_value_heads * table.head_dim * 4
     beyond = moved >= BEYOND_CACHES
     return float((moved / table.ms)[beyond].max())
 
 
-def _table_dtype(weight_dtype: str, block_fp8: bool) -> str:
+def _table_dtype(weight_dtype: str) -> str:
     """What the tables call weights of this dtype."""
-    if weight_dtype == "fp8":
-        return "fp8_block" if block_fp8 else "fp8"
     return "bfloat16" if weight_dtype == "float16" else weight_dtype
 
 
@@ -507,11 +499,10 @@ def _heads(gpu: str, name: Table, shape: ModelShape, window: int) -> tuple[Any, 
     is taken, and times scaled in proportion.
     """
     table = read(gpu, name)
-    kv_dtype = "fp8" if shape.kv_dtype.startswith("fp8") else "bfloat16"
+    kv_dtype = shape.kernel_kv_dtype
     table = table[table.kv_cache_dtype == kv_dtype]
-    if "window_size" in table:
-        measured = window if (table.window_size == window).any() else 0
-        table = table[table.window_size == measured]
+    measured = window if (table.window_size == window).any() else 0
+    table = table[table.window_size == measured]
     sizes = table.head_dim.unique()
     if not sizes.size:
         raise NotMeasuredError(f"no {name} with a KV cache of {kv_dtype} is measured on {gpu}")
@@ -538,10 +529,6 @@ def _heads(gpu: str, name: Table, shape: ModelShape, window: int) -> tuple[Any, 
     raise NotMeasuredError(
         f"no {name} of {heads} heads on {kv_heads} KV heads is measured on {gpu}"
     )
-
-
-def _column(table: Any, name: str) -> frozenset[int]:
-    return frozenset(table[name].unique()) if name in table else frozenset()
 
 
 def _by_size(table: Any, gpu: str, num_gpus: int) -> tuple[FloatArray, FloatArray]:

@@ -298,12 +298,10 @@ class Simulation:
             from vllm_duet.sim.measured import MeasuredSteps, NotMeasuredError
         except ImportError as error:  # without vllm-duet[measured] there is no pandas
             return None, f"the roofline: {error}"
-        quantization = self._hf_config.get("quantization_config") or {}
         try:
             steps = MeasuredSteps(
                 self.shape,
                 self.options.gpu,
-                block_fp8=bool(quantization.get("weight_block_size")),
                 expert_parallel=self.options.enable_expert_parallel,
             )
         except NotMeasuredError as error:
