@@ -2,7 +2,7 @@
 """The simulator against what others measured of vLLM; writes docs/validation.md.
 
 python eval/validation.py            # 10 to 15 minutes on two cores
-python eval/validation.py --page     # the page alone, from the results on file
+python eval/validation.py --page     # all but the whole systems, which are on file
 
 Needs ``pip install vllm-duet[measured]``, whose wheel holds the measurements of whole systems too
 (silicon_sample.csv), and the models' config.json.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import sys
@@ -288,13 +287,13 @@ def impossible(rows: list[Row]) -> str:
 
 def main(
     workers: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
-    page: Annotated[bool, typer.Option("--page", help="Only make the page anew.")] = False,
+    page: Annotated[bool, typer.Option("--page", help="All but the whole systems.")] = False,
     only: Annotated[str, typer.Option(help="Only groups with this in their name.")] = "",
 ) -> None:
     if not page:
         serving(workers, only)
-        sm_curve()
     if not only:
+        sm_curve()
         PAGE.write_text(write_page())
 
 
@@ -323,7 +322,8 @@ def serving(workers: int, only: str) -> None:
         if some:
             print(half, len(some), *(f"{k} {mean_error(some, k):.1%}" for k in ("ttft", "tpot")))
     if not only:
-        save("serving", {"left_out": left_out, "rows": results})
+        measured = f"{tables.release()}: systems/silicon_sample.csv"
+        save("serving", {"measured": measured, "left_out": left_out, "rows": results})
 
 
 def line(r: dict[str, Any]) -> str:
@@ -336,16 +336,6 @@ def line(r: dict[str, Any]) -> str:
     )
 
 
-def head() -> dict[str, Any]:
-    from vllm_duet.sim.results import provenance
-
-    command = shlex.join(["python", "eval/validation.py", *sys.argv[1:]])
-    return provenance(command) | {
-        "measured": f"{tables.release()}: systems/silicon_sample.csv",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
-    }
-
-
 def errors(rows: list[dict[str, Any]], of: str) -> np.ndarray[Any, Any]:
     """(ours - measured) / measured."""
     return np.array([row[f"our_{of}_ms"] / row[f"{of}_ms"] - 1 for row in rows])
@@ -355,38 +345,39 @@ def mean_error(rows: list[dict[str, Any]], of: str) -> float:
     return float(np.mean(np.abs(errors(rows, of))))
 
 
-QWEN2_5_7B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 28,
-    "vocab_size": 152064,
-    "torch_dtype": "bfloat16",
-}
-ITL_BY_SMS = {16: 28.48, 24: 19.94, 44: 12.98, 92: 12.13, 108: 10.78}
-"""Milliseconds between tokens of Qwen2.5-7B at batch 4 on an A100, p50, prefill held at 16 SMs
-(108: unsplit): asuan99/prefill-layer-alloc, FINDINGS_8B_2026-07-28.md, on SGLang."""
-
-
 def sm_curve() -> None:
-    """Decode on fewer SMs, by the A100 profile; writes sm_curve.json."""
-    from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
+    """Decode on fewer SMs, by the A100 profile, beside a prefill; writes sm_curve.json."""
+    from vllm_duet.roofline import Batch, GpuProfile, ModelShape, Roofline
 
+    published = json.loads((HERE.parent / "tests/data/a100-decode-by-sms.json").read_text())
     profile = GpuProfile.load("a100-sxm-80g")
-    roofline = Roofline(ModelShape.from_hf_config(QWEN2_5_7B), profile)
-    decode = roofline.decode_summary([1000] * 4)
+    roofline = Roofline(ModelShape.from_hf_config(published["config"]), profile)
+    batch, prefill_sms = published["batch"], published["prefill_sms"]
+    decode, prefill = Batch([1] * batch, [1000] * batch), Batch([2048], [0])
     rows = [
-        {"sms": sms, "measured_ms": ms, "our_ms": float(roofline.step_ms(decode, sms))}
-        for sms, ms in ITL_BY_SMS.items()
+        {
+            "sms": int(sms),
+            "measured_ms": ms,
+            "our_ms": roofline.predict_pair(decode, prefill, int(sms), prefill_sms).decode_ms,
+        }
+        for sms, ms in published["itl_ms_by_sms"].items()
     ]
-    save("sm_curve", {"rows": rows})
+    rows.append(
+        {
+            "sms": profile.num_sms,
+            "measured_ms": published["itl_ms_unsplit"],
+            "our_ms": roofline.predict(decode, profile.num_sms).ms,
+        }
+    )
+    save("sm_curve", {"rows": rows} | {"measured": published["source"]})
 
 
 def save(name: str, content: dict[str, Any]) -> None:
+    from vllm_duet.sim.results import provenance
+
     RESULTS.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"provenance": head()} | content, indent=1)
+    head = provenance(shlex.join(["python", "eval/validation.py", *sys.argv[1:]]))
+    text = json.dumps({"provenance": head} | content, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")
 
 
@@ -481,7 +472,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 def numbers(rows: list[dict[str, Any]], serving: dict[str, Any]) -> dict[str, Any]:
     return {
-        "measured": serving["provenance"]["measured"],
+        "measured": serving["measured"],
         "count": len(rows),
         "per_group": PER_GROUP,
         "longest": LONGEST_OUTPUT,
@@ -552,7 +543,7 @@ SM_CURVE = """
 
 Qwen2.5-7B on an A100, batch 4, on green contexts, with prefill on 16 SMs beside it (108: nothing
 beside it). Measured by asuan99/prefill-layer-alloc (FINDINGS_8B_2026-07-28.md, figures cited); ours
-is the A100 profile's roofline, at 1,000 tokens a request."""
+is the A100 profile's roofline, at 1,000 tokens a request beside a prompt of 2,048."""
 
 OPERATORS = """
 ## Operators

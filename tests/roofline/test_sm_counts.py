@@ -2,32 +2,23 @@
 """C(S) and B(S) of the A100's profile against times measured on groups of its SMs.
 
 Qwen2.5-7B on one A100 under SGLang's pdmux, which runs decode and prefill in green contexts,
-with prefill held at 16 SMs. Figures from asuan99/prefill-layer-alloc on GitHub,
-workspace/engine-port/results/s8_scaleup/FINDINGS_8B_2026-07-28.md. The context lengths are not
-given; at batch 4 a thousand tokens more are 1 % of the time. Nothing was fitted to these
+with prefill held at 16 SMs; tests/data/ has the figures and their source. The context lengths
+are not given; at batch 4 a thousand tokens more are 1 % of the time. Nothing was fitted to these
 figures: 40 GB/s an SM is an assumption that they support. Contention, and an H100's B(S), stay
 assumptions, since nobody has published their like.
 """
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vllm_duet.roofline import Batch, GpuProfile, ModelShape, Roofline
 
-QWEN25_7B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-ITL_MS = {16: 28.48, 24: 19.94, 44: 12.98, 92: 12.13}
-ITL_MS_UNSPLIT = 10.78
-PREFILL_SMS = 16
+PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "a100-decode-by-sms.json").read_text())
+ITL_MS = {int(sms): ms for sms, ms in PUBLISHED["itl_ms_by_sms"].items()}
+ITL_MS_UNSPLIT, PREFILL_SMS = PUBLISHED["itl_ms_unsplit"], PUBLISHED["prefill_sms"]
 PRODUCT_SMS = (14, 28, 42, 54, 68)
 PRODUCT_SPREAD = 131 / 118
 """Of a GEMM's time times its SMs, most over least."""
@@ -35,7 +26,7 @@ PRODUCT_SPREAD = 131 / 118
 
 @pytest.fixture(scope="module")
 def roofline() -> Roofline:
-    return Roofline(ModelShape.from_hf_config(QWEN25_7B), GpuProfile.load("a100-sxm-80g"))
+    return Roofline(ModelShape.from_hf_config(PUBLISHED["config"]), GpuProfile.load("a100-sxm-80g"))
 
 
 def test_time_between_tokens(roofline: Roofline) -> None:

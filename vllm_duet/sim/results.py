@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -135,6 +136,7 @@ def provenance(command: str) -> dict[str, Any]:
         "label": "simulated",
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("vllm-duet", "vllm", "numpy")},
     }
