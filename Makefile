@@ -55,7 +55,8 @@ test-gpu: $(FAKE_GPU)/libcuda.so.1
 	$(ON_FAKE_GPU) python -m pytest --confcutdir=tests/gpu/real_tokens tests/gpu/real_tokens $(ARGS)
 
 bench-cadence: $(FAKE_GPU)/libcuda.so.1
-	$(ON_FAKE_GPU) python eval/bench_cadence.py --out eval/results/cadence.json
+	$(ON_FAKE_GPU) python eval/bench_cadence.py --kernel-us "0 8 15" \
+	  --out eval/results/cadence.json
 
 demo: $(READY) $(MODEL)
 	@$(BIN)/python examples/demo.py --port $(PORT)

@@ -3,7 +3,8 @@
 
 Streams decode while a prompt arrives every dozen steps. What counts is the time between two
 steps that bring tokens. On the fake GPU (tests/fake_gpu) kernels take no time, so that is all
-Python's and CUDA's host side; on a GPU it has the device's time in it, too.
+Python's and CUDA's host side, or each takes the same time: vLLM queues one step ahead, and what
+the host does while the device is busy nobody waits for. On a GPU it has the device's time in it.
 
 Each variant is an engine of its own, in a process of its own, and measures both phases; the
 table compares within one engine. It also has the seconds that the engine took to start; the
@@ -15,6 +16,7 @@ first start compiles what later ones find on disk. Run it in an environment of v
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -45,6 +47,9 @@ def main(
     variants: Annotated[str, typer.Option(help="Which to run, of stock, thread and slices.")] = (
         " ".join(VARIANTS)
     ),
+    kernel_us: Annotated[
+        str, typer.Option(help="What each kernel takes on the fake GPU: of these, each in turn.")
+    ] = "0",
     steps: Annotated[int, typer.Option(min=20, help="Steps in each phase.")] = 600,
     compiled: Annotated[bool, typer.Option(help="As vLLM serves by default; or eagerly.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the figures there, as JSON.")] = None,
@@ -56,19 +61,23 @@ def main(
         return
     from engines import environment, provenance
 
-    results = {}
+    is_fake = "fake_gpu" in os.environ.get("LD_PRELOAD", "")
+    results: dict[str, dict[str, Any]] = {}
     with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0") as variables:
-        for name in variants.split():
+        for us, name in itertools.product(kernel_us.split(), variants.split()):
             command = [sys.executable, __file__, "--child", name, "--steps", str(steps)]
             command += ["--compiled" if compiled else "--no-compiled"]
-            done = subprocess.run(command, env=os.environ | variables, stdout=subprocess.PIPE)
+            env = os.environ | variables | ({"FAKECUDA_KERNEL_US": us} if is_fake else {})
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE)
             if done.returncode:
                 raise typer.Exit(done.returncode)
-            results[name] = json.loads(done.stdout.splitlines()[-1])
-    show(results)
+            of_kernels = results.setdefault(f"kernels of {us} us" if is_fake else "kernels", {})
+            of_kernels[name] = json.loads(done.stdout.splitlines()[-1])
+    for kernels, of_kernels in results.items():
+        show(kernels, of_kernels)
     if out is not None:
         head = provenance() | {"compiled": compiled, "steps": steps}
-        if "fake_gpu" in os.environ.get("LD_PRELOAD", ""):
+        if is_fake:
             head |= {"label": "measured; the host's time alone", "gpus": "none: tests/fake_gpu"}
         out.write_text(json.dumps(head | {"gaps_ms": results}, indent=1) + "\n")
 
@@ -138,8 +147,8 @@ def measure(
     } | {"start": {"s": start_s}}
 
 
-def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
-    table = Table("variant", "phase", *(f"p{q} ms" for q in QUANTILES))
+def show(kernels: str, results: dict[str, dict[str, dict[str, float]]]) -> None:
+    table = Table("variant", "phase", *(f"p{q} ms" for q in QUANTILES), title=kernels)
     for name, phases in results.items():
         for phase in ("alone", "beside"):
             table.add_row(name, phase, *(f"{phases[phase][f'p{q}']:.2f}" for q in QUANTILES))
