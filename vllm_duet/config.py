@@ -99,6 +99,11 @@ class DuetConfig(BaseModel):
     correction: bool = Field(
         True, description="Learn from measured steps by how much the forecast is off."
     )
+    measure_at_start: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Run some steps before the first request, and forecast by their times; auto "
+        "takes the times of an earlier start where there are any.",
+    )
     cuda_lanes: bool = Field(
         False,
         description="Split steps on a GPU, by CUDA green contexts. Off, since it has not run on "

@@ -9,10 +9,56 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_duet.config import DuetConfig
-from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
+from vllm_duet.roofline import NO_ANCHORS, AnchorFactors, GpuProfile, ModelShape, Roofline
 
 FORCED_MODE_PROFILE = "h100-sxm"
 """The GPU whose SM groups a forced mode names, where none is known."""
+
+
+FLOPS_PER_BYTE = {"cpu": 20.0, "cuda": 250.0}
+"""Of a device that there is no profile for: about what CPUs and GPUs of today have."""
+
+
+def unknown_device(device_type: str) -> GpuProfile:
+    """Where there is no profile: rough ratios of such a device, to multiply measured steps by.
+
+    It has one SM, so nothing is ever split on it.
+    """
+    bytes_per_s = 5e10
+    flops = bytes_per_s * FLOPS_PER_BYTE.get(device_type, FLOPS_PER_BYTE["cuda"])
+    dtypes = "float32", "bfloat16", "float16", "fp8", "int8", "fp4"
+    return GpuProfile(
+        name=f"unknown {device_type}",
+        device_names=(),
+        measured="nothing",
+        num_sms=1,
+        sm_granularity=1,
+        min_sms=1,
+        memory_bytes=1e9,
+        peak_flops=dict.fromkeys(dtypes, flops),
+        hbm_bytes_per_s=bytes_per_s,
+        sm_bytes_per_s=bytes_per_s,
+        link_bytes_per_s=bytes_per_s / 5,
+        gemm_fraction=1.0,
+        attention_fraction=1.0,
+        hbm_fraction=1.0,
+        attention_hbm_fraction=1.0,
+        unoverlapped=0.1,
+        tile_rows=16,
+        tile_columns=16,
+        wave_fraction=0.0,
+        expert_tile_rows=1,
+        row_blocks_per_sm=1,
+        row_bytes_per_s=bytes_per_s,
+        row_reduction_us=0.0,
+        gemm_overhead_us=5.0,
+        attention_overhead_us=5.0,
+        rowwise_overhead_us=5.0,
+        link_latency_us=10.0,
+        launch_gap_us=0.0,
+        step_overhead_us=1000.0,
+        sources={},
+    )
 
 
 class NoForecastError(ValueError):
@@ -41,18 +87,26 @@ def lane_profile(config: DuetConfig, device_name: str) -> GpuProfile:
     return profile_for(config, device_name) or GpuProfile.load(FORCED_MODE_PROFILE)
 
 
-def roofline_for(vllm_config: Any, config: DuetConfig, device_name: str) -> Roofline:
+def roofline_for(
+    vllm_config: Any,
+    config: DuetConfig,
+    device_name: str,
+    anchors: AnchorFactors | None = None,
+) -> Roofline:
     """The roofline to forecast steps with.
 
     ``device_name`` is the GPU's name as its driver reports it; a profile named
-    in ``config`` goes before it.
+    in ``config`` goes before it. With ``anchors``, measured on this very device, none is needed.
 
     Raises:
         NoForecastError: no profile for this GPU, or an architecture whose shape
             is not known. A wrong shape is never guessed.
         ValueError: the profile named in ``config`` does not exist or is wrong.
     """
-    if (profile := profile_for(config, device_name)) is None:
+    profile = profile_for(config, device_name)
+    if profile is None and anchors is not None:
+        profile = unknown_device(vllm_config.device_config.device_type)
+    if profile is None:
         raise NoForecastError(
             f"there is no GPU profile for {device_name!r}; name one with the option gpu_profile, "
             f"out of {', '.join(GpuProfile.names())}, or give the path of your own"
@@ -66,4 +120,4 @@ def roofline_for(vllm_config: Any, config: DuetConfig, device_name: str) -> Roof
         )
     except ValueError as error:
         raise NoForecastError(str(error)) from error
-    return Roofline(shape, profile)
+    return Roofline(shape, profile, anchors=anchors or NO_ANCHORS)

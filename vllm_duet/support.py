@@ -19,11 +19,13 @@ import numpy as np
 
 from vllm_duet.config import DuetConfig
 from vllm_duet.forecast import NoForecastError, roofline_for
+from vllm_duet.roofline import AnchorFactors
 
 MAX_GRAPHS = 24
 """CUDA graphs of a decode lane, each of another batch size. vLLM has about 50; a decode step
 takes its time to read weights and KV cache, and rows of padding have neither."""
 
+_anchors: dict[str, AnchorFactors] = {}
 _reports: dict[str, LanesReport] = {}
 """By the ``instance_id`` of a VllmConfig. Not on the VllmConfig itself: vLLM copies it, and raises
 where it has an attribute that is no field."""
@@ -299,6 +301,26 @@ def deciding_blockers(vllm_config: Any) -> list[str]:
     ]
 
 
+def measuring_blockers(vllm_config: Any) -> list[str]:
+    """Why no steps are measured when this engine starts, a short clause each.
+
+    Beside what leaves every step to vLLM: ranks would each measure what suits themselves, and
+    wait for each other for ever; and steps made by hand have no drafts, no adapters and no
+    connector's metadata.
+    """
+    blockers = deciding_blockers(vllm_config)
+    mode = DuetConfig.load(vllm_config.additional_config).mode
+    if mode != "auto":
+        blockers.append(f"mode {mode} needs no forecast")
+    if vllm_config.parallel_config.world_size > 1:
+        blockers.append("there are several ranks")
+    if vllm_config.kv_transfer_config is not None or vllm_config.ec_transfer_config is not None:
+        blockers.append("there is a connector")
+    if vllm_config.lora_config is not None:
+        blockers.append("LoRA")
+    return blockers
+
+
 @dataclass(frozen=True, slots=True)
 class LanesReport:
     """What became of a worker's lanes when it started.
@@ -322,3 +344,13 @@ def reported_lanes(vllm_config: Any) -> LanesReport:
         return LanesReport(most_decodes_beside(vllm_config))
     nothing = LanesReport(obstacle="the worker has made no lanes")
     return _reports.get(vllm_config.instance_id, nothing)
+
+
+def report_anchors(vllm_config: Any, factors: AnchorFactors) -> None:
+    """Leave what was measured at start for the scheduler of the same process."""
+    _anchors[vllm_config.instance_id] = factors
+
+
+def reported_anchors(vllm_config: Any) -> AnchorFactors | None:
+    """What the worker has measured; ``None`` where it has not."""
+    return _anchors.get(vllm_config.instance_id)

@@ -14,6 +14,8 @@ from vllm_duet.roofline.layer_shapes import ExpertShape, LatentShape
 from vllm_duet.roofline.model_shape import ModelShape
 from vllm_duet.roofline.operators import Operator
 from vllm_duet.roofline.predictor import (
+    NO_ANCHORS,
+    AnchorFactors,
     Batch,
     BatchSummary,
     OperatorTime,
@@ -23,6 +25,8 @@ from vllm_duet.roofline.predictor import (
 )
 
 __all__ = [
+    "NO_ANCHORS",
+    "AnchorFactors",
     "Batch",
     "BatchSummary",
     "ExpertShape",

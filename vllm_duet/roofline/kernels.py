@@ -21,7 +21,8 @@ Tables, for K operators, F features and G SMs:
 * ``lookups`` [K, 3]: the features that an operator's measured factor depends on, its units and
   its amount (-1: none), and where in ``factors`` its row, or rows, begin; units of -1 mean that
   its time is the formula's;
-* ``factors`` [.]: for each operator that has any, [UNITS], or [UNITS, LENGTHS].
+* ``factors`` [.]: first [UNITS] of the whole step, by its tokens; then for each operator that has
+  any, [UNITS], or [UNITS, LENGTHS].
 """
 
 from __future__ import annotations
@@ -113,9 +114,10 @@ def place_among_lengths(length: float) -> tuple[int, float]:
 
 @njit
 def measured_factors(lookups: IntArray, factors: FloatArray, features: FloatArray) -> FloatArray:
-    """[K, N]: what the formula's time of each operator is to be multiplied by."""
+    """[K + 1, N]: what the formula's time of each operator, and last of what is between them, is
+    to be multiplied by."""
     operators, steps = lookups.shape[0], features.shape[1]
-    found = np.ones((operators, steps))
+    found = np.ones((operators + 1, steps))
     places, shares = np.empty(features.shape, np.int64), np.empty(features.shape)
     placed = np.zeros(features.shape[0], np.bool_)
     for k in range(operators):
@@ -140,6 +142,9 @@ def measured_factors(lookups: IntArray, factors: FloatArray, features: FloatArra
                 at += OCTAVES
                 high = factors[at] + part * (factors[at + 1] - factors[at])
             found[k, n] = low + share * (high - low)
+    for n in range(steps):
+        i, share = place_among_units(features[_TOKENS, n])
+        found[:, n] *= factors[i] + share * (factors[i + 1] - factors[i])
     return found
 
 
@@ -152,7 +157,7 @@ def _times(
     sms: IntArray,
     measured: FloatArray,
 ) -> Times:
-    """``step_times`` where the measured factors [K, N] are known."""
+    """``step_times`` where the measured factors [K + 1, N] are known."""
     operators, steps = per_operator.shape[1], sms.size
     rows = coefficients.shape[0]
     work = np.zeros((rows, steps))
@@ -162,7 +167,7 @@ def _times(
                 for n in range(steps):
                     work[r, n] += coefficients[r, f] * features[f, n]
     compute, memory = np.empty((operators, steps)), np.empty((operators, steps))
-    busy, total = np.empty((operators, steps)), work[rows - 1].copy()
+    busy, total = np.empty((operators, steps)), work[rows - 1] * measured[operators]
     for k in range(operators):
         columns, wave_ms, unoverlapped = per_operator[:3, k]
         for n in range(steps):
@@ -276,7 +281,7 @@ def plan_totals(
     measured = measured_factors(lookups, factors, features)
     alone = _times(coefficients, per_operator, by_sms, features, sms, measured)[4]
     lane_features, sms = np.empty((len(decode), 2 * splits)), np.empty(2 * splits, np.int64)
-    lane_measured = np.empty((lookups.shape[0], 2 * splits))
+    lane_measured = np.empty((lookups.shape[0] + 1, 2 * splits))
     for s in range(splits):
         if not 0 < decode_sms[s] < num_sms:
             raise ValueError("a decode lane must have some of the SMs, and not all")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -212,6 +212,36 @@ class PairPrediction:
         )
 
 
+class AnchorFactors(NamedTuple):
+    """What measured steps make of a forecast, see ``vllm_duet.anchors``.
+
+    ``steps`` are (tokens, factor) of a whole step; in between the logarithm of the factor is
+    linear in that of the tokens, and beyond the ends the factor stays. ``decode_attention`` and
+    ``prefill_attention`` are factors of those operators alone, and ``prefill_step_ms`` is what
+    a step with a prefill costs beside, before the step's factor.
+    """
+
+    steps: tuple[tuple[int, float], ...] = ((1, 1.0),)
+    decode_attention: float = 1.0
+    prefill_attention: float = 1.0
+    prefill_step_ms: float = 0.0
+
+    def of_step(self, tokens: FloatOrArray) -> FloatArray:
+        """The factor of steps of so many tokens."""
+        known, factors = np.log(np.array(self.steps)).T
+        return np.asarray(np.exp(np.interp(np.log(tokens), known, factors)))
+
+    def of(self, op: Operator) -> float:
+        """The factor of one operator."""
+        if op.kind is not Kind.ATTENTION:
+            return 1.0
+        return self.decode_attention if op.gate == "has_decode" else self.prefill_attention
+
+
+NO_ANCHORS = AnchorFactors()
+"""Nothing was measured: the forecast is the roofline's."""
+
+
 class Roofline:
     """Forecasts steps of one model on one GPU (one tensor-parallel rank of it).
 
@@ -234,11 +264,13 @@ class Roofline:
         shape: ModelShape,
         profile: GpuProfile,
         step_operators: Sequence[Operator] | None = None,
+        anchors: AnchorFactors = NO_ANCHORS,
     ) -> None:
         """``step_operators`` are what a step consists of, in place of all of the
         model's: calibration forecasts what it times, a few operators at a time."""
         self.shape = shape
         self.profile = profile
+        self.anchors = anchors
         self.operators = tuple(step_operators or operators(shape, profile.expert_tile_rows))
         sms = np.arange(profile.num_sms + 1, dtype=np.float64)
         compute = profile.compute_fractions()
@@ -267,6 +299,10 @@ class Roofline:
             self._log_miss = float(np.log(max(miss, 1e-300)))
         else:
             self._num_experts, self._log_miss = 0.0, 0.0
+
+    def anchored(self, anchors: AnchorFactors) -> Roofline:
+        """The same with ``anchors`` in the place of its own."""
+        return Roofline(self.shape, self.profile, self.operators, anchors)
 
     def _compile(self, ops: Sequence[Operator]) -> tuple[FloatArray, FloatArray]:
         """The tables ``coefficients`` and ``per_operator`` of kernels.py, all runs of an
@@ -301,6 +337,7 @@ class Roofline:
                 tile_flops = 2 * profile.tile_rows * profile.tile_columns * op.depth
                 tile_ms = 1e3 * tile_flops * profile.num_sms / flops_per_s
                 wave[k] = op.repeats * whole_waves * tile_ms
+        gaps[0, _FEATURE["has_prefill"]] += self.anchors.prefill_step_ms
         self._overhead, self._link, self._gaps = overhead, link, gaps
         return (
             np.vstack([compute, rows, memory, overhead + link, gaps.sum(axis=0)]),
@@ -309,14 +346,19 @@ class Roofline:
 
     def _lookups(self, ops: Sequence[Operator]) -> tuple[IntArray, FloatArray]:
         """The tables ``lookups`` and ``factors`` of kernels.py."""
-        lookups, found, start = np.full((len(ops), 3), -1), [np.empty(0)], 0
+        lookups, found = np.full((len(ops), 3), -1), [self.anchors.of_step(UNITS)]
+        start = UNITS.size
         for k, op in enumerate(ops):
-            table = self.profile.factors.get(op.measured)
-            if table is None:
+            table, anchored = self.profile.factors.get(op.measured), self.anchors.of(op)
+            if table is None and anchored == 1.0:
                 continue
-            lengths = (LENGTHS,) if op.amount else ()
-            factors = table.at(UNITS * op.units_each, *lengths, *op.at)
-            lookups[k] = _FEATURE[op.units], _FEATURE.get(op.amount, -1), start
+            units, amount = op.units or "tokens", op.amount
+            if table is None:
+                amount, factors = "", np.full(UNITS.size, anchored)
+            else:
+                lengths = (LENGTHS,) if amount else ()
+                factors = anchored * table.at(UNITS * op.units_each, *lengths, *op.at)
+            lookups[k] = _FEATURE[units], _FEATURE.get(amount, -1), start
             found.append(factors.ravel())
             start += factors.size
         return lookups, np.concatenate(found)
@@ -550,7 +592,8 @@ class Roofline:
             matrix @ features
             for matrix in (self._overhead, self._link, self._gaps, self._flops, self._bytes)
         )
-        overhead, link = factors * overhead + gaps, factors * link
+        of_step, factors = factors[-1], factors[:-1]
+        overhead, link = factors * overhead + of_step * gaps, factors * link
         times = tuple(
             OperatorTime(op.name, *map(float, numbers))
             for op, *numbers in zip(

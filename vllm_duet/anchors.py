@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anchors: steps that were measured at start, and what they make of a forecast.
+
+A forecast is the time of a measured step times the roofline's ratio between the step asked for
+and the measured one. So of the roofline only the ratio is needed, and a device or kernel that
+it is off about by a factor is forecast right. This file imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import NamedTuple
+
+from vllm_duet.roofline import NO_ANCHORS, AnchorFactors, Batch, Roofline
+
+SHORT_CONTEXT = 16
+"""Tokens of context of a decode whose attention costs next to nothing."""
+
+LEAST_PREFILL = 32
+"""Tokens of the shortest chunk that is measured."""
+
+ATTENTION_LIMITS = 0.05, 20.0
+"""Within which attention's factor has to be: it is a small difference of two measured times
+where the model's attention costs little."""
+
+
+class StepShape(NamedTuple):
+    """A step of ``decodes`` requests after ``decode_context`` tokens each, and of one prompt's
+    ``prefill`` tokens after ``prefill_context``; either may be 0."""
+
+    decodes: int = 0
+    decode_context: int = 0
+    prefill: int = 0
+    prefill_context: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of the step."""
+        return self.decodes + self.prefill
+
+    def batch(self) -> Batch:
+        """As the roofline takes it."""
+        prompts = int(self.prefill > 0)
+        return Batch(
+            [1] * self.decodes + [self.prefill] * prompts,
+            [self.decode_context] * self.decodes + [self.prefill_context] * prompts,
+        )
+
+
+class Anchor(NamedTuple):
+    """A step and the time in ms that it took."""
+
+    shape: StepShape
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What an engine can run: ``max_seqs`` requests of up to ``max_context`` tokens, ``max_tokens``
+    new ones a step, and ``cache_tokens`` in its KV cache."""
+
+    max_seqs: int
+    max_tokens: int
+    max_context: int
+    cache_tokens: int
+
+    def allow(self, shape: StepShape) -> bool:
+        prefill_context = shape.prefill_context + shape.prefill
+        held = shape.decodes * (shape.decode_context + _DECODE_ROOM) + prefill_context
+        return (
+            shape.decodes + (shape.prefill > 0) <= self.max_seqs
+            and shape.num_tokens <= self.max_tokens
+            and max(shape.decode_context + _DECODE_ROOM, prefill_context) < self.max_context
+            and held <= self.cache_tokens
+        )
+
+
+_DECODE_ROOM = 16
+"""Tokens that each decode makes while it is measured, at most."""
+
+
+def shapes_to_measure(limits: StepLimits) -> list[StepShape]:
+    """In the order in which they are measured, the cheap ones first.
+
+    Decodes double and prefills grow fourfold, so that nothing is far from an anchor; then some of
+    both after long contexts, which tell of attention.
+    """
+    contexts = [c for c in (16384, 4096, 1024, 256) if c < limits.max_context]
+    decodes = [
+        StepShape(decodes=n, decode_context=SHORT_CONTEXT) for n in _powers(1, limits.max_seqs, 2)
+    ]
+    prefills = [StepShape(prefill=n) for n in _powers(LEAST_PREFILL, limits.max_tokens, 4)]
+    allowed = [shape for shape in decodes + prefills if limits.allow(shape)]
+    for like in (*reversed(decodes), *reversed(prefills)):
+        if like not in allowed:
+            continue
+        for context in contexts:
+            long = (
+                like._replace(decode_context=context)
+                if like.decodes
+                else like._replace(prefill_context=context)
+            )
+            if limits.allow(long) and long.num_tokens >= min(8, limits.max_seqs):
+                allowed.append(long)
+                break
+    return sorted(allowed, key=lambda shape: (shape.num_tokens, sum(shape)))
+
+
+def shapes_to_check(limits: StepLimits) -> list[StepShape]:
+    """Mixed steps, which no anchor is: how far the forecast is off is said in the log."""
+    decodes = max(1, min(limits.max_seqs - 1, 12))
+    mixed = [
+        StepShape(decodes, 200, prefill, context)
+        for prefill, context in ((48, 0), (180, 100), (700, 0), (1500, 300))
+    ]
+    return [shape for shape in mixed if limits.allow(shape)]
+
+
+def _powers(least: int, most: int, factor: int) -> list[int]:
+    """From ``least``, each ``factor`` times the one before, and ``most`` itself."""
+    found = []
+    while least < most:
+        found.append(least)
+        least *= factor
+    return [*found, most]
+
+
+def fit(roofline: Roofline, anchors: Sequence[Anchor]) -> AnchorFactors:
+    """The factors by which ``roofline``, made without any, gives the time of each anchor.
+
+    Attention's factors come from anchors that differ in the context alone. With them, the step's
+    factor at a number of tokens is what is left. What a step with a prefill costs beside is the
+    difference from a decode step of as many tokens.
+
+    Raises:
+        ValueError: no decode step is among the anchors.
+    """
+    decodes = {a.shape.decodes: a for a in anchors if _is_short(a.shape) and not a.shape.prefill}
+    prefills = {a.shape.prefill: a for a in anchors if _is_short(a.shape) and a.shape.prefill}
+    if not decodes:
+        raise ValueError("no decode step was measured")
+    factors = AnchorFactors(
+        decode_attention=_attention_factor(roofline, anchors, decodes, "decode_attention"),
+        prefill_attention=_attention_factor(roofline, anchors, prefills, "prefill_attention"),
+    )
+    scaled = roofline.anchored(factors)
+    steps = {n: anchor.ms / _ms(scaled, anchor.shape) for n, anchor in decodes.items()}
+    if prefills:
+        least = prefills[min(prefills)]
+        steps_alone = factors._replace(steps=tuple(sorted(steps.items())))
+        of_step = float(steps_alone.of_step(least.shape.num_tokens))
+        extra_ms = max(0.0, least.ms / of_step - _ms(scaled, least.shape))
+        factors = factors._replace(prefill_step_ms=extra_ms)
+        scaled = roofline.anchored(factors)
+    for tokens, anchor in prefills.items():
+        if tokens > max(decodes):
+            steps[tokens] = anchor.ms / _ms(scaled, anchor.shape)
+    return factors._replace(steps=tuple(sorted(steps.items())))
+
+
+def mean_error(roofline: Roofline, measured: Sequence[Anchor]) -> float:
+    """Mean absolute error of ``roofline``'s forecasts, as a part of the measured time."""
+    return fmean(abs(_ms(roofline, a.shape) / a.ms - 1) for a in measured)
+
+
+def _attention_factor(
+    roofline: Roofline, anchors: Sequence[Anchor], short: dict[int, Anchor], field: str
+) -> float:
+    """What attention takes over the roofline's time for it, from pairs of anchors.
+
+    With d the time of all but attention and a that of attention, by the roofline, a pair's
+    measured ratio is r = (d + x a_long) / (d + x a_short).
+    """
+    found = []
+    for long in anchors:
+        base = short.get(long.shape.prefill or long.shape.decodes)
+        if (
+            _is_short(long.shape)
+            or base is None
+            or bool(long.shape.prefill) != (field == "prefill_attention")
+        ):
+            continue
+        rest_ms, (short_ms, long_ms) = _parts(roofline, base.shape, long.shape, field)
+        ratio = long.ms / base.ms
+        below = long_ms - ratio * short_ms
+        found.append(rest_ms * (ratio - 1) / below if below > 0 else ATTENTION_LIMITS[1])
+    if not found:
+        return 1.0
+    return min(max(median(found), ATTENTION_LIMITS[0]), ATTENTION_LIMITS[1])
+
+
+def _parts(
+    roofline: Roofline, short: StepShape, long: StepShape, field: str
+) -> tuple[float, tuple[float, float]]:
+    """ms of all but attention, and of attention in both steps."""
+    none = roofline.anchored(NO_ANCHORS._replace(**{field: 0.0}))
+    rest_ms = _ms(none, short)
+    return rest_ms, (_ms(roofline, short) - rest_ms, _ms(roofline, long) - _ms(none, long))
+
+
+def _ms(roofline: Roofline, shape: StepShape) -> float:
+    summary = roofline.summarize(shape.batch())
+    return float(roofline.step_ms(summary, roofline.profile.num_sms))
+
+
+def _is_short(shape: StepShape) -> bool:
+    return shape.decode_context <= SHORT_CONTEXT and shape.prefill_context == 0
+
+
+def within(
+    shapes: Sequence[StepShape],
+    roofline: Roofline,
+    budget_s: float,
+    measure: Callable[[StepShape], Anchor],
+    clock: Callable[[], float],
+) -> Iterator[Anchor]:
+    """Measure ``shapes`` in order, and stop before one that would end after ``budget_s``.
+
+    How long one takes the roofline's ratio to the last one tells.
+    """
+    began, last = clock(), None
+    for shape in shapes:
+        now = clock()
+        if last is not None:
+            anchor, took_s = last
+            expected_s = took_s * _ms(roofline, shape) / _ms(roofline, anchor.shape)
+            if now - began + expected_s > budget_s:
+                continue
+        anchor = measure(shape)
+        last = anchor, clock() - now
+        yield anchor
