@@ -13,6 +13,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_PLUGINS", "duet")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Every start would take seconds longer. Tests of it ask for it as an option, which goes before.
+os.environ.setdefault("VLLM_DUET_MEASURE_AT_START", "never")
 
 # For vLLM's CUDA build, in an environment of its own: tests/fake_gpu/README.md.
 collect_ignore = ["gpu"]

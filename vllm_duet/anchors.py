@@ -87,11 +87,12 @@ def shapes_to_measure(limits: StepLimits) -> list[StepShape]:
     Decodes double and prefills grow fourfold, so that nothing is far from an anchor; then some of
     both after long contexts, which tell of attention.
     """
+    longest = min(limits.max_tokens, limits.max_context - 1)
     contexts = [c for c in (16384, 4096, 1024, 256) if c < limits.max_context]
     decodes = [
         StepShape(decodes=n, decode_context=SHORT_CONTEXT) for n in _powers(1, limits.max_seqs, 2)
     ]
-    prefills = [StepShape(prefill=n) for n in _powers(LEAST_PREFILL, limits.max_tokens, 4)]
+    prefills = [StepShape(prefill=n) for n in _powers(LEAST_PREFILL, longest, 4)]
     allowed = [shape for shape in decodes + prefills if limits.allow(shape)]
     for like in (*reversed(decodes), *reversed(prefills)):
         if like not in allowed:
@@ -142,8 +143,8 @@ def fit(roofline: Roofline, anchors: Sequence[Anchor]) -> AnchorFactors:
     if not decodes:
         raise ValueError("no decode step was measured")
     factors = AnchorFactors(
-        decode_attention=_attention_factor(roofline, anchors, decodes, "decode_attention"),
-        prefill_attention=_attention_factor(roofline, anchors, prefills, "prefill_attention"),
+        decode_attention=_attention_factor(roofline, anchors, decodes),
+        prefill_attention=_attention_factor(roofline, anchors, prefills),
     )
     scaled = roofline.anchored(factors)
     steps = {n: anchor.ms / _ms(scaled, anchor.shape) for n, anchor in decodes.items()}
@@ -166,7 +167,7 @@ def mean_error(roofline: Roofline, measured: Sequence[Anchor]) -> float:
 
 
 def _attention_factor(
-    roofline: Roofline, anchors: Sequence[Anchor], short: dict[int, Anchor], field: str
+    roofline: Roofline, anchors: Sequence[Anchor], short: dict[int, Anchor]
 ) -> float:
     """What attention takes over the roofline's time for it, from pairs of anchors.
 
@@ -174,35 +175,27 @@ def _attention_factor(
     measured ratio is r = (d + x a_long) / (d + x a_short).
     """
     found = []
-    for long in anchors:
-        base = short.get(long.shape.prefill or long.shape.decodes)
-        if (
-            _is_short(long.shape)
-            or base is None
-            or bool(long.shape.prefill) != (field == "prefill_attention")
-        ):
+    none = roofline.anchored(NO_ANCHORS._replace(decode_attention=0.0, prefill_attention=0.0))
+    for anchor in anchors:
+        long, base = anchor.shape, short.get(anchor.shape.num_tokens)
+        if base is None or _is_short(long) or not _differ_in_context(base.shape, long):
             continue
-        rest_ms, (short_ms, long_ms) = _parts(roofline, base.shape, long.shape, field)
-        ratio = long.ms / base.ms
-        below = long_ms - ratio * short_ms
+        rest_ms, ratio = _ms(none, base.shape), anchor.ms / base.ms
+        short_ms = _ms(roofline, base.shape) - rest_ms
+        below = _ms(roofline, long) - _ms(none, long) - ratio * short_ms
         found.append(rest_ms * (ratio - 1) / below if below > 0 else ATTENTION_LIMITS[1])
     if not found:
         return 1.0
     return min(max(median(found), ATTENTION_LIMITS[0]), ATTENTION_LIMITS[1])
 
 
-def _parts(
-    roofline: Roofline, short: StepShape, long: StepShape, field: str
-) -> tuple[float, tuple[float, float]]:
-    """ms of all but attention, and of attention in both steps."""
-    none = roofline.anchored(NO_ANCHORS._replace(**{field: 0.0}))
-    rest_ms = _ms(none, short)
-    return rest_ms, (_ms(roofline, short) - rest_ms, _ms(roofline, long) - _ms(none, long))
-
-
 def _ms(roofline: Roofline, shape: StepShape) -> float:
     summary = roofline.summarize(shape.batch())
     return float(roofline.step_ms(summary, roofline.profile.num_sms))
+
+
+def _differ_in_context(one: StepShape, other: StepShape) -> bool:
+    return (one.decodes, one.prefill) == (other.decodes, other.prefill)
 
 
 def _is_short(shape: StepShape) -> bool:

@@ -40,6 +40,8 @@ def environment(**options: Any) -> dict[str, str]:
     library = Path(os.environ.get("FAKE_GPU", Path(sys.prefix, "fake_gpu")))
     base = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
     folders = [str(TESTS), str(TESTS.parent / "examples"), base.get("PYTHONPATH", "")]
+    # A test of it asks for it as an option, which goes before.
+    base["VLLM_DUET_MEASURE_AT_START"] = "never"
     base["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     options = {"memory_gb": MEMORY_GB, **options}
     return fake_gpu.environment(Path(sys.prefix), library, base=base, **options)

@@ -11,12 +11,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from vllm import SamplingParams, envs
@@ -96,9 +100,7 @@ def _measured(worker: Any, roofline: Roofline) -> list[Anchor]:
     """Raises: whatever the runner does, or ValueError where its KV cache is of an unknown kind."""
     steps = MeasuredSteps(worker)
     began = time.perf_counter()
-    # vLLM resets the seed after its own warm-up; whatever draws here must not show either.
-    devices = [] if worker.device.type == "cpu" else [worker.device]
-    with torch.random.fork_rng(devices):
+    with _random_numbers_kept(worker.device):
         anchors = _run(steps, shapes_to_measure(steps.limits), roofline, BUDGET_S)
         anchored = roofline.anchored(fit(roofline, anchors))
         left_s = BUDGET_S - (time.perf_counter() - began)
@@ -112,6 +114,21 @@ def _measured(worker: Any, roofline: Roofline) -> list[Anchor]:
         off if checks else "",
     )
     return anchors
+
+
+@contextmanager
+def _random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Whoever draws after the block draws what would have been drawn without it.
+
+    vLLM sets the seed after its own warm-up; Model Runner V2 draws seeds of requests by NumPy.
+    """
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def _run(

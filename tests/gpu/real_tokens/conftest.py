@@ -26,6 +26,7 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"  # Inductor's kernels would not comput
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_DUET_MEASURE_AT_START", "never")
 
 DECODE_SMS = (16, 64)
 DUET = {"cuda_lanes": True, "mode": "split", "decode_sms": list(DECODE_SMS)}

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that the engine runs before its first request: what comes of them, and that nothing
+else does. Each engine starts and serves before the next one starts, as a server would."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from engine.harness import ROOMY, Arrival, Engine, make_llm
+from engine.workloads import tokens
+from vllm import SamplingParams, envs
+
+from vllm_duet.roofline import NO_ANCHORS
+from vllm_duet.support import reported_anchors
+from vllm_duet.worker import start
+from vllm_duet.worker.start import MeasuredSteps
+
+BUDGET_S = 4.0
+"""Triton's interpreter is slow."""
+
+_kept: list[Engine] = []
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path), raising=False)
+    monkeypatch.setattr(start, "BUDGET_S", BUDGET_S)
+
+
+@pytest.fixture
+def started(tiny_model, vllm_log):
+    """Starts an engine; returns it and what vllm-duet has said."""
+
+    def begin(measure: str) -> tuple[Engine, list[str]]:
+        vllm_log.clear()
+        options = {"duet": {"measure_at_start": measure, "tbt_slo_ms": 5.0}}
+        engine = Engine(
+            make_llm(
+                tiny_model,
+                "vllm_duet.DuetScheduler",
+                **ROOMY | {"additional_config": options},
+            )
+        )
+        _kept.append(engine)
+        said = [record.getMessage() for record in vllm_log.records]
+        return engine, [line for line in said if line.startswith("vllm-duet")]
+
+    return begin
+
+
+def unseeded(count: int = 4) -> list[Arrival]:
+    rng = random.Random(1)
+    params = SamplingParams(max_tokens=6, temperature=1.0, ignore_eos=True, detokenize=False)
+    return [Arrival(f"r{i}", tokens(rng, 20 + 30 * i), params) for i in range(count)]
+
+
+def answered(engine: Engine) -> dict[str, list[int]]:
+    return {name: answer.tokens[0] for name, answer in engine.run(unseeded()).items()}
+
+
+def test_nothing_shows_but_the_forecast(started) -> None:
+    plain, _ = started("never")
+    assert reported_anchors(plain.vllm_config) is None
+    assert plain.core.scheduler._policy is None  # there is no profile of a CPU
+    expected = answered(plain)
+
+    engine, _ = started("always")
+    measured = reported_anchors(engine.vllm_config)
+    assert measured not in (None, NO_ANCHORS) and all(f > 0 for _, f in measured.steps)
+    assert engine.core.scheduler._policy._roofline.anchors == measured
+    # Rows are free again, and who samples without a seed of its own gets the tokens it
+    # would have had.
+    assert len(engine.runner.req_states.free_indices) == engine.runner.max_num_reqs
+    assert answered(engine) == expected
+    assert len({tuple(t) for t in expected.values()}) > 1
+
+
+def test_the_next_start_takes_the_times_of_the_last(started) -> None:
+    first, _ = started("auto")
+    with patch.object(MeasuredSteps, "measure", side_effect=AssertionError("measured again")):
+        second, said = started("auto")
+    assert reported_anchors(second.vllm_config) == reported_anchors(first.vllm_config)
+    assert any("forecasts by the step times in" in line for line in said)
+
+
+def test_a_broken_file_is_measured_anew(started, tmp_path: Path) -> None:
+    started("auto")
+    (file,) = (tmp_path / "vllm_duet").iterdir()
+    file.write_text('[{"shape": {"decodes": 1}}]')
+    engine, said = started("auto")
+    assert any("and measures anew" in line for line in said)
+    assert reported_anchors(engine.vllm_config) is not None
+    assert file.read_text().count("decodes") > 1
+
+
+def test_a_step_that_fails_ends_no_start(started) -> None:
+    stock = MeasuredSteps._step
+
+    def fails(steps, new, cached=None):
+        if steps._made > 4:
+            raise RuntimeError("no such kernel.")
+        return stock(steps, new, cached)
+
+    with patch.object(MeasuredSteps, "_step", fails):
+        engine, said = started("always")
+    (line,) = (line for line in said if "could not measure" in line)
+    assert line == (
+        "vllm-duet could not measure steps at start, and forecasts without: RuntimeError: no such"
+        " kernel."
+    )
+    assert reported_anchors(engine.vllm_config) is None
+    answered(engine)
