@@ -2,9 +2,9 @@
 """The ``vllm.general_plugins`` entry point; the only file that changes vLLM's objects.
 
 vLLM calls ``register`` in the API process, the engine core and every worker.
-It wraps ``VllmConfig.__post_init__``, and the wrapper does nothing unless the
-configured scheduler is DuetScheduler; only then is ``StatLoggerManager.__init__``
-wrapped too.
+It wraps ``VllmConfig.__post_init__`` and ``Executor.compile_or_warm_up_model``, and the wrappers
+do nothing unless the configured scheduler is DuetScheduler; only then is
+``StatLoggerManager.__init__`` wrapped too.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def register() -> None:
         if name.startswith(ENV_PREFIX):
             envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
 
+    measure_at_start()
     # Stays visible under the wrapper of another plugin, which copies attributes.
     post_init.configures_duet = True  # type: ignore[attr-defined]
     VllmConfig.__post_init__ = post_init  # type: ignore[method-assign]
@@ -153,3 +154,21 @@ def add_stat_logger() -> None:
 
     init.adds_duet_stat_logger = True  # type: ignore[attr-defined]
     StatLoggerManager.__init__ = init  # type: ignore[method-assign]
+
+
+def measure_at_start() -> None:
+    """In the engine core: have steps measured when vLLM has warmed up, before it makes its
+    scheduler. The executor is what runs them, and no hook of vLLM's is given it by then."""
+    from vllm.v1.executor.abstract import Executor
+
+    stock_warm_up = Executor.compile_or_warm_up_model
+
+    @functools.wraps(stock_warm_up)
+    def warm_up(self: Any) -> None:
+        stock_warm_up(self)
+        if uses_duet(self.vllm_config):
+            from vllm_duet.start import measure_at_start
+
+            measure_at_start(self)
+
+    Executor.compile_or_warm_up_model = warm_up  # type: ignore[method-assign]

@@ -304,16 +304,13 @@ def deciding_blockers(vllm_config: Any) -> list[str]:
 def measuring_blockers(vllm_config: Any) -> list[str]:
     """Why no steps are measured when this engine starts, a short clause each.
 
-    Beside what leaves every step to vLLM: ranks would each measure what suits themselves, and
-    wait for each other for ever; and steps made by hand have no drafts, no adapters and no
-    connector's metadata.
+    Beside what leaves every step to vLLM: steps made by hand have no adapters and no connector's
+    metadata.
     """
     blockers = deciding_blockers(vllm_config)
     mode = DuetConfig.load(vllm_config.additional_config).mode
     if mode != "auto":
         blockers.append(f"mode {mode} needs no forecast")
-    if vllm_config.parallel_config.world_size > 1:
-        blockers.append("there are several ranks")
     if vllm_config.kv_transfer_config is not None or vllm_config.ec_transfer_config is not None:
         blockers.append("there is a connector")
     if vllm_config.lora_config is not None:

@@ -13,10 +13,10 @@ from engine.harness import ROOMY, Arrival, Engine, make_llm
 from engine.workloads import tokens
 from vllm import SamplingParams, envs
 
+from vllm_duet import start
 from vllm_duet.roofline import NO_ANCHORS
+from vllm_duet.start import MeasuredSteps
 from vllm_duet.support import reported_anchors
-from vllm_duet.worker import start
-from vllm_duet.worker.start import MeasuredSteps
 
 BUDGET_S = 4.0
 """Triton's interpreter is slow."""

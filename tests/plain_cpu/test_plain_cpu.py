@@ -29,6 +29,9 @@ from vllm_duet.roofline import Batch, GpuProfile, ModelShape, Roofline
 
 PYTHON = Path(__file__).parents[2] / ".venv-plain/bin/python"
 LIMITS = "--dtype float32 --max-model-len 1024 --max-num-batched-tokens 256 --max-num-seqs 16"
+MEASURED_BOUND_MS = 2.0
+"""Which a full budget of prompt tokens breaks on any CPU, and a decode step of the tiny model on
+most."""
 OF_THE_SHIM = ("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
 
 
@@ -76,15 +79,24 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plai
     capped = duet_options(
         gpu_profile=str(profile), tbt_slo_ms=(decodes + mixed) / 2, correction=False
     )
+    measured = {
+        "VLLM_DUET_MEASURE_AT_START": "auto",
+        "VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("cache")),
+    }
     options = {
         "stock": ["--enforce-eager"],
         "default": ["--scheduler-cls", "vllm_duet.DuetScheduler"],
+        "measured": ["--enforce-eager", *duet_options(tbt_slo_ms=MEASURED_BOUND_MS)],
         "capped": ["--enforce-eager", *capped],
     }
     with ExitStack() as stack:
         started = {
             name: stack.enter_context(
-                PlainServer(model, ["--skip-tokenizer-init", *LIMITS.split(), *own])
+                PlainServer(
+                    model,
+                    ["--skip-tokenizer-init", *LIMITS.split(), *own],
+                    environment=measured if name == "measured" else None,
+                )
             )
             for name, own in options.items()
         }
@@ -118,16 +130,18 @@ async def steps(server: PlainServer) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", ["default", "capped"])
+@pytest.mark.parametrize("name", ["default", "measured", "capped"])
 async def test_tokens_are_stocks(servers, requests, name: str) -> None:
     expected = await served(servers["stock"], requests)
     assert await served(servers[name], requests) == expected
     assert [len(tokens) for tokens in expected] == [request.max_tokens for request in requests]
 
 
-async def test_prompts_are_capped_where_there_is_a_forecast(servers, requests) -> None:
-    await served(servers["capped"], requests)
-    taken = await steps(servers["capped"])
+@pytest.mark.parametrize("name", ["measured", "capped"])
+async def test_prompts_are_capped_where_there_is_a_forecast(servers, requests, name: str) -> None:
+    """By a profile that the options name, or by the times of steps that the start measured."""
+    await served(servers[name], requests)
+    taken = await steps(servers[name])
     assert taken["capped"] > 0 and not taken["split"]
 
 
@@ -136,11 +150,14 @@ async def test_prompts_are_capped_where_there_is_a_forecast(servers, requests) -
     [
         ("default", "vllm-duet leaves every step to vLLM: there is no GPU profile for 'cpu'"),
         ("capped", "vllm-duet does not split here: Model Runner V2 is off."),
+        ("measured", "vllm-duet does not split here: Model Runner V2 is off."),
     ],
 )
 def test_one_line_of_the_log_says_so(servers, name: str, said: str) -> None:
     lines = [line for line in servers[name].log(10_000).splitlines() if "vllm-duet" in line]
-    assert len(lines) == 1 and said in lines[0]
+    measured = [line for line in lines if "vllm-duet measured " in line]
+    assert len(measured) == (name == "measured")
+    assert len(lines) == 1 + len(measured) and said in lines[-1]
 
 
 def test_the_gpus_worker_is_not_imported() -> None:

@@ -17,7 +17,6 @@ from vllm_duet.config import DuetConfig
 from vllm_duet.lanes.serial import SerialLanePair
 from vllm_duet.support import split_blockers
 from vllm_duet.worker.runner import DuetModelRunnerMixin
-from vllm_duet.worker.start import measure_at_start
 
 
 class DuetCPUWorker(CPUWorker):  # type: ignore[misc]
@@ -29,11 +28,6 @@ class DuetCPUWorker(CPUWorker):  # type: ignore[misc]
             # The CPU worker has no hook for its runner's class; the one it builds
             # holds no weights or cache yet.
             self.model_runner = DuetCPUModelRunner(self.vllm_config, self.device)
-
-    def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
-        measure_at_start(self)
-        return times
 
 
 class DuetCPUModelRunner(DuetModelRunnerMixin, CPUModelRunner):  # type: ignore[misc]

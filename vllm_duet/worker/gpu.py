@@ -34,7 +34,6 @@ from vllm_duet.support import LanesReport, lane_sizes, report_lanes, split_block
 from vllm_duet.worker.lane_graphs import LaneGraphs
 from vllm_duet.worker.lane_state import PrefillLaneState, prefill_workspace_lane
 from vllm_duet.worker.runner import DuetModelRunnerMixin, in_a_clause
-from vllm_duet.worker.start import measure_at_start
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
 
@@ -64,11 +63,6 @@ class DuetWorker(Worker):  # type: ignore[misc]
         if self._can_split:
             return DuetModelRunner(self.vllm_config, self.device)
         return super()._make_model_runner()
-
-    def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
-        measure_at_start(self)
-        return times
 
     def sleep(self, level: int = 1) -> None:
         runner = self.model_runner

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured at start: steps made by hand, run by the real runner before the first request.
+"""Measured at start: steps made by hand, run by the executor before the first request.
 
 What may live here: building such steps, timing them, and the file that keeps the times. What
-follows from them is in anchors.py. A worker calls ``measure_at_start`` when vLLM has captured
-its CUDA graphs. Nothing that goes wrong here ends a start.
+follows from them is in anchors.py. They run in the engine core, by its executor, as its own
+loop does: with one worker or several, under either model runner.
 """
 
 from __future__ import annotations
@@ -11,24 +11,22 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
 from hashlib import sha256
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from vllm import SamplingParams, envs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.version import __version__ as vllm_version
 
 from vllm_duet.anchors import (
@@ -52,59 +50,61 @@ logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of v
 BUDGET_S = 15.0
 """For all steps that are measured. A step that would end later is left out."""
 
-REPEATS = 4
-"""Steps of one shape that are timed together, the device busy throughout, as it is in service."""
+STEPS = 6
+"""Of each shape."""
 
 LONG_STEP_S = 0.5
-"""Of a step that takes longer the first is taken as it is."""
+"""A step that takes longer is not run again."""
 
-TOKEN = 1
-"""Every token of every prompt. Which it is does not matter for the time."""
+DECODE_ROOM = STEPS + 2
+"""Tokens that a request of decodes has room for in its blocks."""
 
 
-def measure_at_start(worker: Any) -> None:
-    """Have the scheduler of this process forecast by steps that ``worker`` has run."""
-    vllm_config = worker.vllm_config
+def measure_at_start(executor: Any) -> None:
+    """Have the scheduler of this process forecast by steps that ``executor`` runs now.
+
+    ``executor`` is the engine core's, ready to serve. Whatever goes wrong is one sentence in the
+    log, and forecasts are as they are without measured steps.
+    """
+    vllm_config = executor.vllm_config
     config = DuetConfig.load(vllm_config.additional_config)
     if config.measure_at_start == "never" or measuring_blockers(vllm_config):
         return
+    device_name = current_platform.get_device_name()
     try:
-        roofline = _unanchored(vllm_config, config)
+        roofline = roofline_for(vllm_config, config, device_name, NO_ANCHORS)
     except NoForecastError:
         return  # the scheduler says so
     try:
-        file = _file(worker, roofline)
+        file = _file(vllm_config, roofline)
         anchors = _read(file) if config.measure_at_start == "auto" else None
         if anchors is None:
-            anchors = _measured(worker, roofline)
+            anchors = _measured(executor, roofline)
             _write(file, anchors)
         else:
             logger.info("vllm-duet forecasts by the step times in %s.", file)
-        factors = fit(roofline, anchors)
+        report_anchors(vllm_config, fit(roofline, anchors))
     except Exception as error:
         logger.warning(
             "vllm-duet could not measure steps at start, and forecasts without: %s: %s",
             type(error).__name__,
-            error,
+            str(error).partition("\n")[0],  # CUDA's go on about how to find out more
         )
-        return
-    report_anchors(vllm_config, factors)
 
 
-def _unanchored(vllm_config: Any, config: DuetConfig) -> Roofline:
-    device_name = current_platform.get_device_name()
-    return roofline_for(vllm_config, config, device_name, NO_ANCHORS)
-
-
-def _measured(worker: Any, roofline: Roofline) -> list[Anchor]:
-    """Raises: whatever the runner does, or ValueError where its KV cache is of an unknown kind."""
-    steps = MeasuredSteps(worker)
+def _measured(executor: Any, roofline: Roofline) -> list[Anchor]:
+    """Raises: whatever the executor does, or ValueError where the KV cache is of another kind."""
+    steps = MeasuredSteps(executor)
     began = time.perf_counter()
-    with _random_numbers_kept(worker.device):
-        anchors = _run(steps, shapes_to_measure(steps.limits), roofline, BUDGET_S)
+    try:
+        shapes = shapes_to_measure(steps.limits)
+        steps.measure(shapes[0])  # what comes first pays for what is made once
+        anchors = _run(steps, shapes, roofline, BUDGET_S)
         anchored = roofline.anchored(fit(roofline, anchors))
         left_s = BUDGET_S - (time.perf_counter() - began)
         checks = _run(steps, shapes_to_check(steps.limits), anchored, left_s)
+    finally:
+        executor.collective_rpc(_seed)
     off = f", forecasts of {len(checks)} others are off by {mean_error(anchored, checks):.0%}"
     logger.info(
         "vllm-duet measured %d steps in %.1f s: %s%s.",
@@ -116,25 +116,10 @@ def _measured(worker: Any, roofline: Roofline) -> list[Anchor]:
     return anchors
 
 
-@contextmanager
-def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Whoever draws after the block draws what would have been drawn without it.
-
-    vLLM sets the seed after its own warm-up; Model Runner V2 draws seeds of requests by NumPy.
-    """
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-
-
 def _run(
     steps: MeasuredSteps, shapes: list[StepShape], roofline: Roofline, budget_s: float
 ) -> list[Anchor]:
-    bar = tqdm(shapes, desc="Measuring steps", leave=False)
+    bar = tqdm(shapes, desc="Measuring steps", leave=False, disable=not steps.shows_progress)
     try:
         return list(within(bar, roofline, budget_s, steps.measure, time.perf_counter))
     finally:
@@ -154,81 +139,89 @@ def _in_words(anchors: list[Anchor]) -> str:
 class MeasuredSteps:
     """Runs steps of requests that nobody sent, in blocks that nobody has yet.
 
-    The scheduler, made later, knows nothing of them: their rows are given back after each
-    shape, and what they leave in the KV cache is overwritten before it is read.
+    The scheduler, made later, never hears of them: their rows are given back after each shape,
+    and what they leave in the KV cache is overwritten before it is read.
     """
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, executor: Any) -> None:
         """
         Raises:
             ValueError: some layers have no attention over blocks of tokens.
         """
-        runner, vllm_config = worker.model_runner, worker.vllm_config
-        kv_cache = runner.kv_cache_config
-        specs = [group.kv_cache_spec for group in kv_cache.kv_cache_groups]
-        if not specs or not all(isinstance(spec, AttentionSpec) for spec in specs):
+        vllm_config = executor.vllm_config
+        num_blocks, block_sizes = executor.collective_rpc(_kv_cache)[0]
+        if not block_sizes:
             raise ValueError("some layers keep another state than keys and values")
-        self._worker = worker
-        self._block_sizes = [spec.block_size for spec in specs]
-        scheduler = vllm_config.scheduler_config
+        self._executor = executor
+        self._block_sizes = block_sizes
+        self._vocabulary_size = vllm_config.model_config.get_vocab_size()
+        self._depth = vllm_config.max_concurrent_batches
+        self.shows_progress = vllm_config.load_config.use_tqdm_on_load
+        scheduler, groups = vllm_config.scheduler_config, len(block_sizes)
+        # Block 0 is vLLM's null block, and each request may leave most of a block empty.
+        num_blocks -= 1 + groups * (scheduler.max_num_seqs + 1)
         self.limits = StepLimits(
             max_seqs=scheduler.max_num_seqs,
             max_tokens=scheduler.max_num_batched_tokens,
             max_context=vllm_config.model_config.max_model_len,
-            # Block 0 is vLLM's null block; each request may leave most of a block empty.
-            cache_tokens=(kv_cache.num_blocks - 1 - scheduler.max_num_seqs)
-            * min(self._block_sizes)
-            // len(specs),
+            cache_tokens=num_blocks // groups * min(block_sizes),
         )
         self._made = 0
 
     def measure(self, shape: StepShape) -> Anchor:
-        """The time of one step of ``shape``, each as if many of the kind followed each other."""
+        """The median time of some steps of ``shape``, as many queued as in vLLM's own loop.
+
+        A step lasts from the later of its own start and the end of the step before, as in
+        step_times.py.
+        """
         self._next_block, self._alive = 1, set[str]()
+        queue: deque[tuple[float, Future[Any]]] = deque()
+        times_s, ended_at, left = list[float](), 0.0, STEPS
         try:
             decodes = [self._new(shape.decode_context, 1) for _ in range(shape.decodes)]
             if decodes:
-                self._wait(self._step(decodes))
-            first_s = self._timed(shape, decodes, 1)
-            if first_s > LONG_STEP_S:
-                return Anchor(shape, 1e3 * first_s)
-            return Anchor(shape, 1e3 * self._timed(shape, decodes, REPEATS))
+                self._step(decodes).result()
+            while left or queue:
+                if left and len(queue) < self._depth:
+                    left -= 1
+                    began = time.perf_counter()
+                    prompts = []
+                    if shape.prefill:
+                        prompts = [self._new(shape.prefill_context, shape.prefill)]
+                    queue.append((began, self._step(prompts, decodes)))
+                    continue
+                began, result = queue.popleft()
+                result.result()
+                began, ended_at = max(began, ended_at), time.perf_counter()
+                times_s.append(ended_at - began)
+                if times_s[-1] > LONG_STEP_S:
+                    left = 0
         finally:
+            wait([result for _, result in queue])
+            self._executor.collective_rpc(_forget_half_a_step)
             output = SchedulerOutput.make_empty()
             output.finished_req_ids = self._alive
-            self._worker.execute_model(output)
-
-    def _timed(self, shape: StepShape, decodes: list[NewRequestData], steps: int) -> float:
-        """Seconds of one of ``steps``, of which two are queued at a time."""
-        pending: deque[Any] = deque()
-        began = time.perf_counter()
-        for _ in range(steps):
-            prompts = [self._new(shape.prefill_context, shape.prefill)] if shape.prefill else []
-            pending.append(self._step(prompts, decodes))
-            if len(pending) > 1:
-                self._wait(pending.popleft())
-        while pending:
-            self._wait(pending.popleft())
-        return (time.perf_counter() - began) / steps
+            self._executor.execute_model(output)
+        # The first may have had to make something, once.
+        return Anchor(shape, 1e3 * median(times_s[1:] or times_s))
 
     def _new(self, context: int, query: int) -> NewRequestData:
         """A request with ``context`` tokens in the KV cache, that is to compute ``query`` more."""
         self._made += 1
-        tokens = [TOKEN] * (context + query)
-        blocks = []
+        # Tokens that differ, or a mixture of experts would run a few of its experts only.
+        tokens = [(self._made + 7919 * n) % self._vocabulary_size for n in range(context + query)]
+        blocks, first = [], self._next_block
         for size in self._block_sizes:
-            # With room for the decodes to come.
-            count = -(-(len(tokens) + 16) // size)
+            count = -(-(len(tokens) + DECODE_ROOM) // size)
             blocks.append(list(range(self._next_block, self._next_block + count)))
             self._next_block += count
         if query > 1:
-            # The next prompt takes its place.
-            self._next_block -= sum(map(len, blocks))
+            self._next_block = first  # the next prompt may have its blocks
         return NewRequestData(
             req_id=f"vllm-duet-{self._made}",
             prompt_token_ids=tokens,
             mm_features=[],
-            sampling_params=SamplingParams(temperature=0.0, max_tokens=64),
+            sampling_params=SamplingParams(max_tokens=DECODE_ROOM, ignore_eos=True),
             pooling_params=None,
             block_ids=tuple(blocks),
             num_computed_tokens=context,
@@ -236,10 +229,12 @@ class MeasuredSteps:
             prefill_token_ids=tokens,
         )
 
-    def _step(self, new: list[NewRequestData], cached: list[NewRequestData] | None = None) -> Any:
+    def _step(
+        self, new: list[NewRequestData], cached: list[NewRequestData] | None = None
+    ) -> Future[Any]:
         output, known = SchedulerOutput.make_empty(), CachedRequestData.make_empty()
-        # Prompts of the step before have had their only step.
-        output.finished_req_ids = self._alive - {r.req_id for r in cached or ()}
+        # The prompt of the step before has had its only step.
+        output.finished_req_ids = self._alive - {request.req_id for request in cached or ()}
         self._alive -= output.finished_req_ids
         for request in cached or ():
             request.num_computed_tokens += 1
@@ -255,27 +250,47 @@ class MeasuredSteps:
             output.num_scheduled_tokens[request.req_id] = query
         output.scheduled_new_reqs, output.scheduled_cached_reqs = new, known
         output.total_num_scheduled_tokens = sum(output.num_scheduled_tokens.values())
+        output.num_common_prefix_blocks = [0] * len(self._block_sizes)
         self._alive |= output.num_scheduled_tokens.keys()
-        result = self._worker.execute_model(output)
-        return self._worker.sample_tokens(None) if result is None else result
+        self._executor.execute_model(output, non_block=True)
+        sampled: Future[Any] = self._executor.sample_tokens(None, non_block=True)
+        return sampled
 
-    def _wait(self, result: Any) -> None:
-        if isinstance(result, AsyncModelRunnerOutput):
-            result.get_output()
+
+# In every worker
+
+
+def _kv_cache(worker: Any) -> tuple[int, list[int]]:
+    """Blocks of the cache, and tokens of a block in each group; none where a group is no cache
+    of keys and values."""
+    config = worker.model_runner.kv_cache_config
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    if not all(isinstance(spec, AttentionSpec) for spec in specs):
+        return config.num_blocks, []
+    return config.num_blocks, [spec.block_size for spec in specs]
+
+
+def _forget_half_a_step(worker: Any) -> None:
+    # Of a step that has failed between execute_model and sample_tokens.
+    worker.model_runner.execute_model_state = None
+
+
+def _seed(worker: Any) -> None:
+    # As vLLM does after its own warm-up: sampling has drawn random numbers.
+    set_random_seed(worker.model_config.seed, worker.parallel_config.data_parallel_index)
 
 
 # The file
 
 
-def _file(worker: Any, roofline: Roofline) -> Path:
+def _file(vllm_config: Any, roofline: Roofline) -> Path:
     """Of everything that the times depend on."""
-    vllm_config = worker.vllm_config
     on = [
         current_platform.get_device_name(),
         torch.version.cuda,
-        platform.machine(),
-        torch.get_num_threads(),
-        os.cpu_count(),
+        platform.processor() or platform.machine(),
+        len(os.sched_getaffinity(0)),
+        os.environ.get("OMP_NUM_THREADS"),
         vllm_version,
         __version__,
         vllm_config.compute_hash(),
@@ -283,7 +298,7 @@ def _file(worker: Any, roofline: Roofline) -> Path:
         vllm_config.model_config.max_model_len,
         vllm_config.model_config.enforce_eager,
         vllm_config.compilation_config.cudagraph_capture_sizes,
-        type(worker.model_runner).__qualname__,
+        vllm_config.use_v2_model_runner,
         roofline.profile.name,
     ]
     name = sha256(json.dumps(on, default=str).encode()).hexdigest()[:16]
@@ -292,13 +307,12 @@ def _file(worker: Any, roofline: Roofline) -> Path:
 
 def _read(file: Path) -> list[Anchor] | None:
     try:
-        return [
-            Anchor(StepShape(**a["shape"]), float(a["ms"])) for a in json.loads(file.read_text())
-        ]
+        found = json.loads(file.read_text())
+        return [Anchor(StepShape(**anchor["shape"]), float(anchor["ms"])) for anchor in found]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        logger.warning("vllm-duet cannot read %s, and measures anew: %s", file, error)
+        logger.warning("vllm-duet cannot read %s, and measures anew: %r", file, error)
         return None
 
 
