@@ -111,8 +111,9 @@ API CUresult cuFuncSetCacheConfig(CUfunction f UNUSED, CUfunc_cache configuratio
 API CUresult cuLaunchKernelEx(const CUlaunchConfig *configuration, CUfunction function,
                               void **arguments, void **extra UNUSED) {
   NEED_CONTEXT;
-  return (CUresult)queue_kernel(kernel_of(function), configuration->hStream,
-                                &configuration->gridDimX, arguments);
+  cudaError_t last = peek_last_error();
+  return leaving_last_error(last, queue_kernel(kernel_of(function), configuration->hStream,
+                                               &configuration->gridDimX, arguments));
 }
 
 API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
@@ -121,7 +122,8 @@ API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_
                             void **extra UNUSED) {
   NEED_CONTEXT;
   unsigned grid[3] = {grid_x, grid_y, grid_z};
-  return (CUresult)queue_kernel(kernel_of(function), stream, grid, arguments);
+  cudaError_t last = peek_last_error();
+  return leaving_last_error(last, queue_kernel(kernel_of(function), stream, grid, arguments));
 }
 
 API CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y,

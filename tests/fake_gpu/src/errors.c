@@ -30,6 +30,16 @@ cudaError_t fail(cudaError_t error) {
   return error;
 }
 
+// The last error is that of runtime calls (cudaGetLastError): a driver call that fails leaves it.
+CUresult leaving_last_error(cudaError_t last, cudaError_t error) {
+  last_error = last;
+  return (CUresult)error;
+}
+
+cudaError_t peek_last_error(void) {
+  return last_error;
+}
+
 API cudaError_t cudaGetLastError(void) {
   cudaError_t error = last_error;
   last_error = cudaSuccess;

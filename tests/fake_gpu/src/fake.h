@@ -52,6 +52,8 @@ void fake_unlock(int *unused);
 #define LOCK                                                                 \
   __attribute__((cleanup(fake_unlock))) int locked_ = pthread_mutex_lock(&fake_lock); \
   (void)locked_
+CUresult leaving_last_error(cudaError_t last, cudaError_t error);
+cudaError_t peek_last_error(void);
 cudaError_t fail(cudaError_t error);  // remembers it for cudaGetLastError
 bool tracing(void);
 void trace(const char *format, ...) __attribute__((format(printf, 1, 2)));
