@@ -17,7 +17,7 @@ from concurrent.futures import Future, wait
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -175,7 +175,7 @@ class MeasuredSteps:
         step_times.py.
         """
         self._next_block, self._alive = 1, set[str]()
-        queue: deque[tuple[float, Future[Any]]] = deque()
+        queue: deque[tuple[float, _Queued]] = deque()
         times_s, ended_at, left = list[float](), 0.0, STEPS
         try:
             decodes = [self._new(shape.decode_context, 1) for _ in range(shape.decodes)]
@@ -190,14 +190,14 @@ class MeasuredSteps:
                         prompts = [self._new(shape.prefill_context, shape.prefill)]
                     queue.append((began, self._step(prompts, decodes)))
                     continue
-                began, result = queue.popleft()
-                result.result()
+                began, step = queue.popleft()
+                step.result()
                 began, ended_at = max(began, ended_at), time.perf_counter()
                 times_s.append(ended_at - began)
                 if times_s[-1] > LONG_STEP_S:
                     left = 0
         finally:
-            wait([result for _, result in queue])
+            wait([step.sampled for _, step in queue])
             self._executor.collective_rpc(_forget_half_a_step)
             output = SchedulerOutput.make_empty()
             output.finished_req_ids = self._alive
@@ -231,7 +231,7 @@ class MeasuredSteps:
 
     def _step(
         self, new: list[NewRequestData], cached: list[NewRequestData] | None = None
-    ) -> Future[Any]:
+    ) -> _Queued:
         output, known = SchedulerOutput.make_empty(), CachedRequestData.make_empty()
         # The prompt of the step before has had its only step.
         output.finished_req_ids = self._alive - {request.req_id for request in cached or ()}
@@ -252,9 +252,20 @@ class MeasuredSteps:
         output.total_num_scheduled_tokens = sum(output.num_scheduled_tokens.values())
         output.num_common_prefix_blocks = [0] * len(self._block_sizes)
         self._alive |= output.num_scheduled_tokens.keys()
-        self._executor.execute_model(output, non_block=True)
-        sampled: Future[Any] = self._executor.sample_tokens(None, non_block=True)
-        return sampled
+        executed = self._executor.execute_model(output, non_block=True)
+        return _Queued(executed, self._executor.sample_tokens(None, non_block=True))
+
+
+class _Queued(NamedTuple):
+    """A step that the executor has been given."""
+
+    executed: Future[Any]
+    sampled: Future[Any]
+
+    def result(self) -> None:
+        """Raises: what the step has raised. Sampling then finds nothing, and returns None."""
+        if self.sampled.result() is None:
+            self.executed.result()
 
 
 # In every worker

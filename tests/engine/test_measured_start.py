@@ -12,6 +12,7 @@ import pytest
 from engine.harness import ROOMY, Arrival, Engine, make_llm
 from engine.workloads import tokens
 from vllm import SamplingParams, envs
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_duet import start
 from vllm_duet.roofline import NO_ANCHORS
@@ -97,14 +98,14 @@ def test_a_broken_file_is_measured_anew(started, tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_ends_no_start(started) -> None:
-    stock = MeasuredSteps._step
+    stock = GPUModelRunner.execute_model
 
-    def fails(steps, new, cached=None):
-        if steps._made > 4:
+    def fails(runner, scheduler_output, *args, **kwargs):
+        if scheduler_output.total_num_scheduled_tokens > 4:
             raise RuntimeError("no such kernel.")
-        return stock(steps, new, cached)
+        return stock(runner, scheduler_output, *args, **kwargs)
 
-    with patch.object(MeasuredSteps, "_step", fails):
+    with patch.object(GPUModelRunner, "execute_model", fails):
         engine, said = started("always")
     (line,) = (line for line in said if "could not measure" in line)
     assert line == (
