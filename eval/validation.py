@@ -40,16 +40,18 @@ GPUS = {name: ours for ours, name in tables.SYSTEMS.items()}
 CONFIGS = {
     "meta-llama/Llama-3.1-70B": "meta-llama--Meta-Llama-3.1-70B",
     "nvidia/Llama-3.1-8B-Instruct-FP8": "meta-llama--Meta-Llama-3.1-8B",
+    "MiniMaxAI/MiniMax-M2.5 fp4": "nvidia--MiniMax-M2.5-NVFP4",
+    "moonshotai/Kimi-K2.5 fp4": "nvidia--Kimi-K2.5-NVFP4",
 }
-"""Models whose shape stands under another name in the wheel."""
+"""Models, some at one precision, whose config stands under another name in the wheel."""
 
 PER_GROUP = 3
 """Rows of one GPU, model, precision and number of ranks that are simulated."""
 
 MOST_ARITHMETIC = 0.7
 
-LONGEST_OUTPUT, MOST_CLIENTS = 2048, 128
-"""What is longer or more takes minutes to simulate."""
+MOST_TOKENS = 128 << 10
+"""Clients times the length of an answer. What is more takes minutes to simulate."""
 
 FRONT_END_MS, TOKENIZER_US = 3.0, 2.0
 """The API server and the client between them, a request; and a prompt's token."""
@@ -57,33 +59,65 @@ FRONT_END_MS, TOKENIZER_US = 3.0, 2.0
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a set of rows was measured, as far as it is known."""
+    """How a set of rows was measured, as far as it is known. ``lengths``: from which to which
+    share of the named length prompts and answers are."""
 
     name: str
     sources: str
     lengths: tuple[float, float]
-    kv_fp8: tuple[str, ...]
-    max_num_seqs: int | None
 
 
 INFERENCE_MAX = Recipe(
     "InferenceMAX",
-    "its public recipes (README and benchmarks/ of InferenceMAX, later InferenceX): lengths 80 to"
-    " 100 % of the named, ten prompts a client, asynchronous scheduling, no prefix caching, 8192"
-    " tokens a step, 90 % of the memory, an fp8 KV cache on H200 and B200",
+    "its scripts of the time (benchmarks/ in SemiAnalysisAI/InferenceX): lengths 80 to 100 % of"
+    " the named, ten prompts a client, asynchronous scheduling, no reuse of prefixes; and by model,"
+    " GPU and date the dtype of the KV cache, the kernel of mxfp4 experts, tokens a step and the"
+    " share of the memory (`inference_max_options` in eval/validation.py)",
     (0.8, 1.0),
-    ("h200_sxm", "b200_sxm", "b300_sxm"),
-    None,
 )
 GAP_ANALYSIS = Recipe(
     "NVIDIA's gap analysis",
-    "vLLM 0.12's defaults, as nothing else is said: no asynchronous scheduling, 8192 tokens and"
-    " 1024 requests a step. Lengths 80 to 120 % of the named: clients with equal lengths would"
-    " send in step, and wait for whole steps of prompts, longer than what was measured",
-    (0.8, 1.2),
-    (),
-    1024,
+    "vLLM 0.12 as aiconfigurator of that time sets it up and measures it (rule_plugin/vllm.rule"
+    " and its benchmark script in ai-dynamo/aiconfigurator): at most as many requests as clients"
+    " and as many tokens a step as clients, the named prompt and 1500 are together; prompts and"
+    " answers of exactly the named lengths, so that clients send in step; no asynchronous"
+    " scheduling",
+    (1.0, 1.0),
 )
+
+
+def inference_max_options(row: Row) -> dict[str, Any]:
+    """What InferenceMAX's scripts set beyond ``INFERENCE_MAX.sources``, by model, GPU and date.
+    ``piecewise_tokens`` is Disturbances', all else the simulator's Options'."""
+    hopper = row.system in ("h100_sxm", "h200_sxm")
+    found: dict[str, Any] = {}
+    if "Llama" in row.model:
+        found["kv_dtype"] = "fp8"
+        if not hopper:  # FULL_DECODE_ONLY: no CUDA graph with a prompt in it
+            found["piecewise_tokens"] = 0
+    elif "gpt-oss" in row.model:
+        # max-cudagraph-capture-size.
+        found["piecewise_tokens"] = 2048
+        if not hopper:
+            found["moe_backend"] = "flashinfer_trtllm_afp8"
+            found["kv_dtype"] = "fp8" if row.release else None
+        elif row.release == "0.18.0":
+            found["moe_backend"] = "marlin"
+    elif "MiniMax" in row.model and not hopper:
+        found["kv_dtype"] = "fp8"
+        found["max_num_batched_tokens"] = 2 * row.input_length
+        found["piecewise_tokens"] = 2048
+    elif row.system != "h100_sxm" and row.precision != "fp4":
+        found["gpu_memory_utilization"] = 0.95
+    return found
+
+
+def gap_analysis_options(row: Row) -> dict[str, Any]:
+    """As aiconfigurator of December 2025 and January 2026 sets vLLM up."""
+    return {
+        "async_scheduling": False,
+        "max_num_batched_tokens": row.concurrency + row.input_length + 1500,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +172,12 @@ def read_rows() -> tuple[list[Row], dict[str, int]]:
             leave_out("data-parallel attention, which is several schedulers")
         elif not named:
             leave_out("the number of clients is not said")
-        elif row.osl > LONGEST_OUTPUT:
-            leave_out(f"answers of more than {LONGEST_OUTPUT} tokens")
-        elif int(named[1]) > MOST_CLIENTS:
-            leave_out(f"more than {MOST_CLIENTS} clients")
-        elif row.precision == "fp4" and "gpt-oss" not in row.model_path:
-            leave_out("4-bit floating point, which the simulator has no shape for")
+        elif int(named[1]) * row.osl > MOST_TOKENS:
+            leave_out(f"clients times length of answers above {MOST_TOKENS}, for time")
+        elif (
+            row.system == "b200_sxm" and row.backend_version == "0.17.0" and row.precision == "fp8"
+        ):
+            leave_out("experts by Triton on a B200, of which the newest table has none")
         else:
             gap = "gap-analysis" in row.silicon_data_source
             precision = "bf16" if pd.isna(row.precision) else row.precision
@@ -186,24 +220,28 @@ def chosen(rows: Iterable[Row]) -> list[Row]:
 def simulate(row: Row) -> dict[str, Any]:
     """A row's run by our simulator, with vLLM's own scheduler."""
     from vllm_duet.sim.engine import FrontEnd
+    from vllm_duet.sim.executor import Disturbances
     from vllm_duet.sim.simulation import Options, Simulation
     from vllm_duet.sim.traces import TraceRequest
 
-    recipe = GAP_ANALYSIS if row.recipe == GAP_ANALYSIS.name else INFERENCE_MAX
+    gap = row.recipe == GAP_ANALYSIS.name
+    recipe = GAP_ANALYSIS if gap else INFERENCE_MAX
+    chosen = {"gpu_memory_utilization": 0.9}
+    chosen |= gap_analysis_options(row) if gap else inference_max_options(row)
+    graphs = chosen.pop("piecewise_tokens", None)
     options = Options(
         config_of(row),
         gpu=GPUS[row.system],
         scheduler="stock",
         tensor_parallel_size=row.tp,
         enable_expert_parallel=row.expert_parallel,
-        gpu_memory_utilization=0.9,
-        weight_dtype="fp8" if row.precision == "fp8" and not quantized(row) else None,
-        kv_dtype="fp8" if row.system in recipe.kv_fp8 else None,
+        weight_dtype=weight_dtype(row),
         enable_prefix_caching=False,
-        async_scheduling=recipe is INFERENCE_MAX,
-        max_num_seqs=recipe.max_num_seqs or row.concurrency,
+        max_num_seqs=row.concurrency,
         concurrency=row.concurrency,
         front_end=FrontEnd(FRONT_END_MS, TOKENIZER_US),
+        disturbances=Disturbances() if graphs is None else Disturbances(piecewise_tokens=graphs),
+        **chosen,
     )
     random = np.random.default_rng(0)
     lengths = [
@@ -239,13 +277,17 @@ def simulate(row: Row) -> dict[str, Any]:
 
 def config_of(row: Row) -> Path:
     """The model's config.json in the wheel."""
-    name = CONFIGS.get(row.model, row.model.replace("/", "--"))
+    named = CONFIGS.get(row.model) or CONFIGS.get(f"{row.model} {row.precision}")
+    name = named or row.model.replace("/", "--")
     return tables.systems_folder().parent / "model_configs" / f"{name}_config.json"
 
 
-def quantized(row: Row) -> bool:
-    """Whether the config itself says how the weights are quantized."""
-    return "quantization_config" in json.loads(config_of(row).read_text())
+def weight_dtype(row: Row) -> str | None:
+    """The row's, where the config does not itself say how the weights are quantized."""
+    raw = json.loads(config_of(row).read_text())
+    if "quantization_config" in raw or "quantization_config" in (raw.get("text_config") or {}):
+        return None
+    return {"fp8": "fp8", "fp4": "nvfp4"}.get(row.precision)
 
 
 def known(row: Row) -> str:
@@ -253,9 +295,11 @@ def known(row: Row) -> str:
     from vllm_duet.roofline import ModelShape
 
     try:
-        ModelShape.from_hf_config(config_of(row), tensor_parallel_size=row.tp)
+        ModelShape.from_hf_config(
+            config_of(row), tensor_parallel_size=row.tp, weight_dtype=weight_dtype(row)
+        )
     except (OSError, ValueError) as error:
-        return f"{row.model}: {str(error).split(';')[0]}"
+        return f"{row.model} {row.precision}: {str(error).split(';')[0]}"
     return ""
 
 
@@ -273,7 +317,7 @@ def impossible(rows: list[Row]) -> str:
         seconds = (row.ttft_ms + (row.output_length - 1) * row.tpot_ms) / 1e3
         tokens = row.concurrency * (row.input_length + row.output_length)
         peak = GpuProfile.load(GPUS[row.system]).peak_flops_per_s(
-            "fp8" if row.precision == "fp8" else "bfloat16", "bfloat16"
+            {"fp8": "fp8", "fp4": "nvfp4"}.get(row.precision, "bfloat16"), "bfloat16"
         )
         # Two FLOPs and two bytes for each weight.
         most = max(most, shape.weight_bytes * tokens / seconds / (peak * row.tp))
@@ -300,15 +344,17 @@ def main(
 def serving(workers: int, only: str) -> None:
     """Whole systems; prints the errors, and writes serving.json unless ``only`` some ran."""
     rows, left_out = read_rows()
-    models = {row.model: row for row in rows}
+    models = {(row.model, row.precision): row for row in rows}
     reasons = {
-        model: known(row) or impossible([r for r in rows if r.model == model])
+        model: known(row) or impossible([r for r in rows if (r.model, r.precision) == model])
         for model, row in models.items()
     }
     for row in rows:
-        if reasons[row.model]:
-            left_out[reasons[row.model]] = left_out.get(reasons[row.model], 0) + 1
-    rows = chosen(row for row in rows if not reasons[row.model] and only in row.group)
+        if reason := reasons[row.model, row.precision]:
+            left_out[reason] = left_out.get(reason, 0) + 1
+    rows = chosen(
+        row for row in rows if not reasons[row.model, row.precision] and only in row.group
+    )
     results = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(simulate, row) for row in rows]
@@ -475,8 +521,7 @@ def numbers(rows: list[dict[str, Any]], serving: dict[str, Any]) -> dict[str, An
         "measured": serving["measured"],
         "count": len(rows),
         "per_group": PER_GROUP,
-        "longest": LONGEST_OUTPUT,
-        "clients": MOST_CLIENTS,
+        "most_tokens": MOST_TOKENS,
         "front_end_ms": FRONT_END_MS,
         "tokenizer_us": TOKENIZER_US,
         "recipes": "\n".join(f"* {r.name}: {r.sources}." for r in (INFERENCE_MAX, GAP_ANALYSIS)),
@@ -493,7 +538,7 @@ Made by `python eval/validation.py`; not to be edited. What others measured, bes
 is a closed loop of clients against vLLM: mean TTFT and TPOT. Ours is the simulator with vLLM's own
 scheduler and with NVIDIA's operator tables as the truth ([design.md](design.md), "The simulator").
 {count} rows: up to {per_group} of each GPU, model, precision and number of ranks, taken by a hash
-of their names, with answers of up to {longest} tokens and up to {clients} clients.
+of their names, with up to {most_tokens} tokens in the answers that clients wait for at once.
 
 How they were run is not in the file. Taken from elsewhere:
 

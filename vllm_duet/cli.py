@@ -19,6 +19,14 @@ from vllm_duet.support import LIMITS
 from vllm_duet.version import __version__
 
 
+class MoeBackend(Enum):
+    """Kernels of mxfp4 experts, by vLLM's names; auto is what vLLM takes on the GPU."""
+
+    AUTO = "auto"
+    MARLIN = "marlin"
+    MXFP8 = "flashinfer_trtllm_afp8"
+
+
 class Truth(Enum):
     """Where the simulated GPU's times come from."""
 
@@ -201,6 +209,9 @@ def simulate(
             "--enable-expert-parallel", help="GPUs hold whole experts, not a part of each."
         ),
     ] = False,
+    moe_backend: Annotated[
+        MoeBackend, typer.Option(help="Which kernel multiplies mxfp4 experts, as in vLLM.")
+    ] = MoeBackend.AUTO,
     kv_cache_dtype: Annotated[
         str, typer.Option(help="auto, bfloat16, or fp8, as in vLLM.")
     ] = "auto",
@@ -260,6 +271,7 @@ def simulate(
         model_error=model_error,
         tensor_parallel_size=tensor_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
+        moe_backend=None if moe_backend is MoeBackend.AUTO else moe_backend.value,
         kv_dtype=kv_cache_dtype,
         concurrency=concurrency,
         async_scheduling=async_scheduling,

@@ -27,6 +27,25 @@ def test_shipped_profiles(name: str) -> None:
         assert (np.diff(curve) > 0).all()
 
 
+NVIDIA_SMI_MIB = {
+    "a100-sxm-80g": 81920,
+    "h100-sxm": 81559,
+    "h100-pcie": 81559,
+    "h200": 143771,
+    "b200": 183359,
+    "b300": 275040,
+    "l40s": 46068,
+    "rtx-pro-6000": 97887,
+}
+"""Total memory, of which CUDA says a little less."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_what_cuda_reports(name: str) -> None:
+    memory, total = GpuProfile.load(name).memory_bytes, NVIDIA_SMI_MIB[name] * 2**20
+    assert 0.965 * total < memory < total
+
+
 def test_bandwidth_saturates_long_before_compute() -> None:
     profile = GpuProfile.load("h100-sxm")
     half = profile.num_sms // 2

@@ -43,6 +43,7 @@ from hf_configs import (
 )
 
 from vllm_duet.roofline import ModelShape, UnsupportedArchitectureError
+from vllm_duet.roofline.operators import operators
 
 
 def test_qwen3_8b_by_hand() -> None:
@@ -125,15 +126,13 @@ def test_published_total_and_active_parameters(name: str) -> None:
         ("Qwen--Qwen3.5-397B-A17B", "397B", "17B"),
         ("nvidia--NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16", "550B", "55B"),
         ("moonshotai--Kimi-K2-Instruct", "1T", "32B"),
+        ("moonshotai--Kimi-K2.5", "1T", "32B"),
+        ("MiniMaxAI--MiniMax-M2.5", "230B", "10B"),
     ],
 )
 def test_published_parameters_of_whole_config_files(name: str, total: str, active: str) -> None:
     """As Hugging Face has them, in aiconfigurator-core."""
-    package = importlib.util.find_spec("aiconfigurator_core")
-    if package is None or package.origin is None:
-        pytest.skip("aiconfigurator-core is not installed")
-    file = Path(package.origin).parent / "model_configs" / f"{name}_config.json"
-    shape = ModelShape.from_hf_config(file)
+    shape = ModelShape.from_hf_config(_config_file(name))
     if total.endswith("T"):
         assert round(shape.num_parameters / 1e12) == 1
     else:
@@ -142,6 +141,50 @@ def test_published_parameters_of_whole_config_files(name: str, total: str, activ
     assert _is_published(shape.num_active_parameters + embedding, active) or _is_published(
         shape.num_active_parameters, active
     )
+
+
+def _config_file(name: str) -> Path:
+    package = importlib.util.find_spec("aiconfigurator_core")
+    if package is None or package.origin is None:
+        pytest.skip("aiconfigurator-core is not installed")
+    return Path(package.origin).parent / "model_configs" / f"{name}_config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "experts"),
+    [
+        ("MiniMaxAI--MiniMax-M2.5", "fp8_block", "fp8_block"),
+        ("nvidia--MiniMax-M2.5-NVFP4", "bfloat16", "nvfp4"),
+        ("moonshotai--Kimi-K2.5", "bfloat16", "int4"),
+        ("openai--gpt-oss-120b", "bfloat16", "mxfp4"),
+    ],
+)
+def test_what_is_quantized_in_published_configs(name: str, weights: str, experts: str) -> None:
+    shape = ModelShape.from_hf_config(_config_file(name))
+    assert (shape.weight_dtype, shape.expert_dtype) == (weights, experts)
+    given = ModelShape.from_hf_config(_config_file(name), weight_dtype="fp8")
+    assert (given.weight_dtype, given.expert_dtype) == ("fp8", "fp8")
+
+
+def test_minimax_ranks_sum_the_squares_of_q_and_k() -> None:
+    one, four = (
+        {op.name: op for op in operators(ModelShape.from_hf_config(file, tensor_parallel_size=n))}
+        for file in (_config_file("MiniMaxAI--MiniMax-M2.5"),)
+        for n in (1, 4)
+    )
+    assert "qk_norm_sum" not in one
+    assert four["qk_norm_sum"].repeats == 62
+    assert four["qk_norm_sum"].bytes["tokens"] == 2 * 3 / 4 * 2 * 4
+
+
+def test_shared_experts_that_are_quantized_beside_plain_attention_are_not_guessed() -> None:
+    file = json.loads(_config_file("moonshotai--Kimi-K2.5").read_text())
+    ignored = file["text_config"]["quantization_config"]["ignore"]
+    ignored[:] = [name for name in ignored if "shared_experts" not in name]
+    with pytest.raises(UnsupportedArchitectureError, match="part of its layers quantized"):
+        ModelShape.from_hf_config(file)
+    ignored[:] = ["lm_head"]
+    assert ModelShape.from_hf_config(file).weight_dtype == "int4"
 
 
 def _is_published(found: int, published: str) -> bool:

@@ -98,6 +98,7 @@ def test_the_summary_says_what_was_simulated(trace, tmp_path):
     options = "--scheduler stock --no-async-scheduling --truth roofline --tensor-parallel-size 2"
     options += " --kv-cache-dtype fp8 --concurrency 3 --frontend-ms 4 --tokenizer-us 1.5"
     options += " --prefix-length 512 --num-prefixes 2 --num-requests 9 --enable-expert-parallel"
+    options += " --moe-backend marlin"
     result = simulate(trace, tmp_path / "out", *options.split())
     assert result.exit_code == 0, result.output
     assert "9 requests from 3 clients" in said(result)
@@ -107,6 +108,7 @@ def test_the_summary_says_what_was_simulated(trace, tmp_path):
         "truth": "the roofline",
         "tensor_parallel_size": 2,
         "enable_expert_parallel": True,
+        "moe_backend": "marlin",
         "kv_dtype": "fp8",
         "concurrency": 3,
         "prefixes": {"count": 2, "tokens": 512},

@@ -198,6 +198,57 @@ def test_experts_are_their_layers_of_the_table(made_up_tables: None) -> None:
         MeasuredSteps(replace(some, experts=replace(experts, num_experts=64)), GPU)
 
 
+def test_experts_by_a_kernel_measured_of_another_model(
+    made_up_tables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as many experts of a quarter the size and as many of them a token: as many rows an
+    expert at twice the tokens, and half the weights. The fixed part stays the model's own."""
+    own, other = 0.03, 0.07
+    columns = ("moe_dtype", "kernel_source", "hidden_size", "inter_size", "num_experts", "topk")
+    some = [
+        ("w4a16_mxfp4", "vllm_gptossmxfp4moe_triton", 4096, 1536, 128, 8, own, EXPERTS),
+        ("w4a16_mxfp4", "vllm_x_marlin_marlinexperts", 2048, 768, 256, 8, other, 3 * EXPERTS),
+        ("w4a16_mxfp4", "vllm_x_marlin_marlinexperts", 256, 128, 256, 8, 1e3, EXPERTS),
+    ]
+    table = pd.DataFrame(
+        dict(zip(columns, case, strict=False))
+        | dict(moe_tp_size=1, moe_ep_size=1, distribution="power_law_1.01")
+        | dict(num_tokens=n, ms=case[-2] + case[-1] * (n - 1))
+        for case in some
+        for n in (1, 64, 16384)
+    )
+    monkeypatch.setattr(
+        measured, "read", lambda gpu, name: table if name == "moe" else made_up(gpu, name)
+    )
+    experts = ExpertShape(SHAPE.num_layers, 128, 8, 1536, weight_dtype="mxfp4")
+    shape, tokens, layers = replace(SHAPE, experts=experts), 1000, SHAPE.num_layers
+    by_vllm, by_marlin = (
+        MeasuredSteps(shape, GPU, moe_backend=name).step_ms([], [tokens], [0])
+        for name in (None, "marlin")
+    )
+    expected = 2 * 3 * EXPERTS * (2 * tokens - 1) - EXPERTS * (tokens - 1)
+    assert by_marlin - by_vllm == pytest.approx(layers * expected, rel=1e-3)
+    with pytest.raises(NotMeasuredError, match="flashinfer_trtllm_afp8"):
+        MeasuredSteps(shape, GPU, moe_backend="flashinfer_trtllm_afp8")
+    plain = replace(experts, weight_dtype="bfloat16")
+    with pytest.raises(NotMeasuredError, match="mxfp4"):
+        MeasuredSteps(replace(SHAPE, experts=plain), GPU, moe_backend="marlin")
+
+
+def test_ranks_sum_the_squares_of_q_and_k(made_up_tables: None) -> None:
+    two = replace(SHAPE, tensor_parallel_size=2)
+    each, joint = (
+        MeasuredSteps(shape, GPU).step_ms([], [500], [0])
+        for shape in (two, replace(two, joint_qk_norm=True))
+    )
+    assert joint - each == pytest.approx(SHAPE.num_layers * REDUCE * 4 * 500)
+
+
+@pytest.mark.parametrize("size", [(2880, 1440), (3000, 1500), (3072, 1536)])
+def test_experts_of_mxfp4_are_padded(size: tuple[int, int]) -> None:
+    assert measured._padded(*size) == 3072 * 1536
+
+
 def test_heads_that_were_not_measured_are_more_requests(made_up_tables: None) -> None:
     # 64 heads on 16 KV heads: to the kernel, twice the requests with 32 on 8.
     twice = Attention(GPU, replace(SHAPE, num_heads=64, num_kv_heads=16), 0)

@@ -40,6 +40,18 @@ over NVLink."""
 EXPERT_DTYPES = {"mxfp4": "w4a16_mxfp4", "int4": "int4_wo"}
 """What the table of experts calls weights that it has under another name than ours."""
 
+MOE_BACKENDS = {
+    "marlin": ("w4a16_mxfp4", "_marlin_"),
+    "flashinfer_trtllm_afp8": ("w4a8_mxfp4_mxfp8", "_flashinfer_trtllm_mxfp4_mxfp8_"),
+}
+"""Kernels for mxfp4 experts that vLLM takes only when told to, as its ``--moe-backend`` or, before
+0.19, VLLM_MXFP4_USE_MARLIN and VLLM_USE_FLASHINFER_MOE_MXFP4_MXFP8: their dtype, and what their
+``kernel_source`` contains. All other rows are of vLLM's own choice on that GPU."""
+
+EXPERT_MULTIPLES = (256, 128)
+"""Of what the hidden size and a rank's width of an expert are padded to, with either of those.
+Source: vLLM's mxfp4_round_up_hidden_size_and_intermediate_size."""
+
 LATENT_HIDDEN_SIZE, LATENT = 7168, LatentShape(1536, 512, 128, 64, 128)
 """Whose modules of latent attention were measured: DeepSeek-V3's."""
 

@@ -65,8 +65,9 @@ def shape_fields(
     experts = None
     if family.experts:
         experts = _EXPERTS[family.experts](read, blocks.num_layers)
-    if experts and weight_dtype is None and _expert_dtype(read):
-        experts = replace(experts, weight_dtype=_expert_dtype(read))
+    weights = weight_dtype or _weight_dtype(read) or activation_dtype
+    if experts and weight_dtype is None and _experts_alone(read, experts, blocks.num_layers):
+        experts, weights = replace(experts, weight_dtype=weights), activation_dtype
     windows, window = _windows(read, family, blocks)
     no_dense = experts is not None and experts.num_layers == blocks.num_layers
     return dict(
@@ -82,10 +83,11 @@ def shape_fields(
         ),
         tied_embeddings=bool(raw.get("tie_word_embeddings", family.tied_by_default)),
         activation_dtype=activation_dtype,
-        weight_dtype=weight_dtype or _weight_dtype(read) or activation_dtype,
+        weight_dtype=weights,
         kv_dtype=activation_dtype if kv_dtype in (None, "auto") else str(kv_dtype),
         norms_per_layer=blocks.norms_per_layer or family.norms_per_layer,
         qk_norm=bool(raw.get("use_qk_norm", family.qk_norm)),
+        joint_qk_norm=family.joint_qk_norm,
         sliding_window=window if windows else None,
         num_window_layers=windows,
         experts=experts,
@@ -135,10 +137,24 @@ def _activation_dtype(read: _Reader) -> str:
     return "bfloat16" if given == "float32" else given
 
 
-def _expert_dtype(read: _Reader) -> str | None:
-    """The experts' weight dtype where quantization is theirs alone, which mxfp4 is."""
-    method = (read.raw.get("quantization_config") or {}).get("quant_method")
-    return "mxfp4" if method in _MXFP4 else None
+def _experts_alone(read: _Reader, experts: ExpertShape, num_layers: int) -> bool:
+    """Whether quantization is the routed experts' alone: mxfp4 always, else where all attention
+    and the shared experts are left out of it."""
+    quantization = read.raw.get("quantization_config") or {}
+    if quantization.get("quant_method") in _MXFP4:
+        return True
+    left_out = [str(name) for name in quantization.get("ignore") or ()]
+    attention = [name for name in left_out if "self_attn" in name]
+    if not attention:
+        return False
+    everywhere = any(name.startswith("re:") for name in attention) or len(attention) >= num_layers
+    shared = any("shared_experts" in name for name in left_out)
+    if not everywhere or (experts.shared_intermediate_size and not shared):
+        raise UnsupportedArchitectureError(
+            f"{read.architecture} with part of its layers quantized is not supported by the"
+            " roofline, unless it is the routed experts"
+        )
+    return True
 
 
 def _weight_dtype(read: _Reader) -> str | None:
@@ -149,7 +165,9 @@ def _weight_dtype(read: _Reader) -> str | None:
     if method == "fp8":
         return "fp8_block" if quantization.get("weight_block_size") else "fp8"
     if method in _MXFP4 and read.architecture == "GptOssForCausalLM":
-        return None
+        return "mxfp4"
+    if method == "modelopt" and quantization.get("quant_algo") in _MODELOPT:
+        return _MODELOPT[quantization["quant_algo"]]
     if method in ("awq", "gptq") and quantization.get("bits") == 4:
         return "int4"
     if method == "compressed-tensors":
@@ -165,9 +183,12 @@ def _weight_dtype(read: _Reader) -> str | None:
             return "int4"
     raise UnsupportedArchitectureError(
         f"quantization {method!r} of {read.architecture} is not supported in this form; supported"
-        " are fp8, 4-bit awq and gptq, gpt-oss's mxfp4, and compressed-tensors with fp8, int8 or"
-        " int4 weights"
+        " are fp8, 4-bit awq and gptq, gpt-oss's mxfp4, modelopt's FP8 and NVFP4, and"
+        " compressed-tensors with fp8, int8 or int4 weights"
     )
+
+
+_MODELOPT = {"FP8": "fp8", "NVFP4": "nvfp4"}
 
 
 _MXFP4 = ("mxfp4", "gpt_oss_mxfp4")
@@ -476,6 +497,7 @@ class _Family:
     windows: Literal["none", "all", "upper", "alternate", "pattern", "chunked", "indexer"] = "none"
     norms_per_layer: int = 2
     qk_norm: bool = False
+    joint_qk_norm: bool = False
     explicit_head_dim: bool = False
     default_head_dim: int | None = None
     default_window_pattern: int | None = None
@@ -527,6 +549,9 @@ _FAMILIES: Mapping[str, _Family] = {
     "Gemma4ForConditionalGeneration": _GEMMA4,
     "MixtralForCausalLM": _Family("all", experts="mixtral"),
     "GptOssForCausalLM": _Family("alternate", explicit_head_dim=True, experts="mixtral"),
+    "MiniMaxM2ForCausalLM": _Family(
+        qk_norm=True, joint_qk_norm=True, explicit_head_dim=True, experts="mixtral"
+    ),
     "Llama4ForCausalLM": _LLAMA4,
     "Llama4ForConditionalGeneration": _LLAMA4,
     "Qwen2MoeForCausalLM": _Family("upper", experts="qwen"),
@@ -542,6 +567,9 @@ _FAMILIES: Mapping[str, _Family] = {
     "DeepseekV2ForCausalLM": _Family(experts="deepseek", latent=True),
     "DeepseekV3ForCausalLM": _Family(experts="deepseek", latent=True),
     "DeepseekV32ForCausalLM": _SPARSE,
+    "KimiK25ForConditionalGeneration": _Family(
+        experts="deepseek", latent=True, text_types=("kimi_k2",)
+    ),
     "NemotronHForCausalLM": _Family(
         "all",
         norms_per_layer=1,

@@ -66,6 +66,8 @@ class ModelShape:
     layers that see everything. Those tokens are the last ones, with ``chunked_window`` those
     since the last multiple of the window (Llama 4), and with an ``indexer`` those that it chose.
     ``full_heads`` are the heads of the layers that see everything, where they differ (Gemma 4).
+    With ``joint_qk_norm`` Q and K are normed over all their heads together, whose squares ranks
+    have to sum (MiniMax-M2).
     With ``output_gate`` attention's output is multiplied by a projection as wide (Qwen3-Next).
     """
 
@@ -84,6 +86,7 @@ class ModelShape:
     tensor_parallel_size: int = 1
     norms_per_layer: int = 2
     qk_norm: bool = False
+    joint_qk_norm: bool = False
     sliding_window: int | None = None
     num_window_layers: int = 0
     experts: ExpertShape | None = None

@@ -109,6 +109,8 @@ def operators(shape: ModelShape, expert_tile_rows: int = 0) -> tuple[Operator, .
         found += experts(shape, expert_tile_rows)
     if shape.tensor_parallel_size > 1:
         found.append(all_reduce(shape))
+        if shape.joint_qk_norm:
+            found.append(qk_norm_sum(shape))
     found += [lm_head(shape), sampler(shape)]
     return tuple(found)
 
@@ -691,6 +693,19 @@ def all_reduce(shape: ModelShape) -> Operator:
         measured=f"all_reduce {p}",
         units="tokens",
         units_each=shape.hidden_size * shape.activation_bytes,
+    )
+
+
+def qk_norm_sum(shape: ModelShape) -> Operator:
+    """Sum two 32-bit numbers a token over P ranks in each attention layer: the squares of Q's and
+    K's heads. Source: vLLM's MiniMaxText01RMSNormTP.forward_qk."""
+    p = shape.tensor_parallel_size
+    return replace(
+        all_reduce(shape),
+        name="qk_norm_sum",
+        repeats=shape.num_attention_layers,
+        bytes={"tokens": 2 * (p - 1) / p * 8},
+        units_each=8,
     )
 
 

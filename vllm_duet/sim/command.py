@@ -55,6 +55,7 @@ def simulate(
         "truth": simulation.truth,
         "tensor_parallel_size": options.tensor_parallel_size,
         "enable_expert_parallel": options.enable_expert_parallel,
+        "moe_backend": options.moe_backend,
         "kv_dtype": simulation.shape.kv_dtype,
         "concurrency": options.concurrency,
         "prefixes": {"count": num_prefixes, "tokens": prefix_length} if prefix_length else None,

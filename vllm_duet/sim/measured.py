@@ -26,8 +26,10 @@ from vllm_duet.measured.tables import (
     COLLECTIVE_ELEMENT_BYTES,
     CUSTOM_ALL_REDUCE_BYTES,
     EXPERT_DTYPES,
+    EXPERT_MULTIPLES,
     LATENT,
     LATENT_HIDDEN_SIZE,
+    MOE_BACKENDS,
     NotMeasuredError,
     Table,
     read,
@@ -76,13 +78,16 @@ class MeasuredSteps:
         gpu: str,
         *,
         expert_parallel: bool = False,
+        moe_backend: str | None = None,
     ) -> None:
-        """``gpu`` is a name in ``tables.SYSTEMS``; ``expert_parallel``: ranks hold whole experts.
+        """``gpu`` is a name in ``tables.SYSTEMS``; ``expert_parallel``: ranks hold whole experts;
+        ``moe_backend``: one of ``tables.MOE_BACKENDS`` instead of vLLM's own choice.
 
         Raises:
             NotMeasuredError: a table of this GPU lacks a kernel of this model; says which.
         """
         self._gpu, self._shape, self._expert_parallel = gpu, shape, expert_parallel
+        self._moe_backend = moe_backend
         self._window = shape.sliding_window or 0
         for present, what in (
             (not shape.gated_mlp, "MLPs without a gate"),
@@ -184,8 +189,10 @@ class MeasuredSteps:
             router = gemm_ms(self._gpu, "bfloat16", experts.num_experts, hidden, tokens)
             ms += experts.num_layers * (router + self._experts_ms(tokens))
         if shape.tensor_parallel_size > 1:
-            summed = hidden * tokens
-            ms += (2 * layers + 1) * all_reduce_ms(self._gpu, shape.tensor_parallel_size, summed)
+            ranks = shape.tensor_parallel_size
+            ms += (2 * layers + 1) * all_reduce_ms(self._gpu, ranks, hidden * tokens)
+            if shape.joint_qk_norm:  # two numbers of 32 bits
+                ms += shape.num_attention_layers * all_reduce_ms(self._gpu, ranks, 4 * tokens)
         return ms
 
     def _experts_ms(self, tokens: FloatArray) -> FloatArray:
@@ -195,26 +202,51 @@ class MeasuredSteps:
         table = read(gpu, "moe")
         ranks = shape.tensor_parallel_size
         tp, ep = (1, ranks) if self._expert_parallel else (ranks, 1)
-        for column, value in (
-            ("moe_dtype", EXPERT_DTYPES.get(self._expert_dtype, self._expert_dtype)),
+        of_ranks = (("moe_tp_size", tp), ("moe_ep_size", ep))
+        of_shape = (
             ("hidden_size", shape.hidden_size),
             ("inter_size", experts.intermediate_size),
             ("topk", experts.experts_per_token),
             ("num_experts", experts.num_experts),
-            ("moe_tp_size", tp),
-            ("moe_ep_size", ep),
-            ("distribution", EXPERT_LOAD),
-        ):
+        )
+        loaded = table[table.distribution == EXPERT_LOAD]
+        dtype = EXPERT_DTYPES.get(self._expert_dtype, self._expert_dtype)
+        if self._moe_backend and self._expert_dtype != "mxfp4":
+            raise NotMeasuredError(f"--moe-backend is known of mxfp4 experts, not {dtype}")
+        own = self._only(loaded, (("moe_dtype", dtype), *of_shape))
+        if self._moe_backend is None:
+            return _experts_curve(self._only(own, of_ranks), tokens)
+        dtype, kernel = MOE_BACKENDS[self._moe_backend]
+        chosen = loaded[
+            (loaded.moe_dtype == dtype) & loaded.kernel_source.str.contains(kernel, regex=False)
+        ]
+        if chosen.empty:
+            raise NotMeasuredError(f"no experts by {self._moe_backend} are measured on {gpu}")
+        # The model whose experts are most nearly as large; of one as large, the model itself.
+        size = shape.hidden_size * experts.intermediate_size
+        far = np.abs(np.log(chosen.hidden_size * chosen.inter_size / size))
+        chosen = chosen[far == far.min()]
+        other = chosen.iloc[0]
+        # As many rows for each expert take as long for each of its weights: within 8 % of one
+        # another for the two models measured with mxfp8, and 10 to 16 % for most of those with
+        # block-scaled fp8. What is no product takes what it takes for this model.
+        rows = experts.experts_per_token / experts.num_experts
+        scale = rows * other.num_experts / other.topk
+        weights = experts.num_experts * _padded(shape.hidden_size, experts.intermediate_size // tp)
+        weights /= other.num_experts * _padded(other.hidden_size, other.inter_size // tp)
+        ms = _experts_curve(self._only(chosen, of_ranks), tokens * scale)
+        least, other_least = (each[each.num_tokens == 1].ms.min() for each in (own, chosen))
+        return np.asarray(least + weights * np.maximum(ms - other_least, 0.0))
+
+    def _only(self, table: Any, wanted: Sequence[tuple[str, Any]]) -> Any:
+        for column, value in wanted:
             table = table[table[column] == value]
             if table.empty:
                 raise NotMeasuredError(
-                    f"no experts like {shape.architecture}'s are measured on {gpu}:"
+                    f"no experts like {self._shape.architecture}'s are measured on {self._gpu}:"
                     f" none with {column} {value}"
                 )
-        means = table.groupby("num_tokens").ms.mean()
-        counts, ms = means.index.to_numpy(dtype=np.float64), means.to_numpy(dtype=np.float64)
-        beyond = np.maximum(1.0, tokens / counts[-1])
-        return np.asarray(np.interp(tokens, counts, ms) * beyond)
+        return table
 
     def _per_sampled(self, rows: FloatArray, bandwidth: float) -> FloatArray:
         """The lm_head, and logits in 16 and 32 bits as the sampler reads them, in ms."""
@@ -529,6 +561,19 @@ def _heads(gpu: str, name: Table, shape: ModelShape, window: int) -> tuple[Any, 
     raise NotMeasuredError(
         f"no {name} of {heads} heads on {kv_heads} KV heads is measured on {gpu}"
     )
+
+
+def _padded(*sizes: int) -> float:
+    """Weights of an expert of [hidden, width] as its kernel has them."""
+    pairs = zip(sizes, EXPERT_MULTIPLES, strict=True)
+    return float(math.prod(n * math.ceil(size / n) for size, n in pairs))
+
+
+def _experts_curve(table: Any, tokens: FloatArray) -> FloatArray:
+    means = table.groupby("num_tokens").ms.mean()
+    counts, ms = means.index.to_numpy(dtype=np.float64), means.to_numpy(dtype=np.float64)
+    beyond = np.maximum(1.0, tokens / counts[-1])
+    return np.asarray(np.interp(tokens, counts, ms) * beyond)
 
 
 def _by_size(table: Any, gpu: str, num_gpus: int) -> tuple[FloatArray, FloatArray]:

@@ -57,7 +57,8 @@ class Options:
 
     ``ttft_slo_ms`` only says which requests are good: no scheduler is told of it.
     ``weight_dtype`` and ``kv_dtype`` are as in ModelShape.from_hf_config.
-    ``enable_expert_parallel`` is known to the measured truth alone. ``concurrency``: a closed
+    ``enable_expert_parallel`` and ``moe_backend`` (a key of measured.tables.MOE_BACKENDS, or None
+    for vLLM's choice) are known to the measured truth alone. ``concurrency``: a closed
     loop of as many clients, instead of the trace's arrivals. ``truth``: where the GPU's times
     come from; "measured" is the roofline too where nothing was measured.
     """
@@ -74,6 +75,7 @@ class Options:
     model_error: float = 0.0
     tensor_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    moe_backend: str | None = None
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     weight_dtype: str | None = None
     kv_dtype: str | None = None
@@ -303,6 +305,7 @@ class Simulation:
                 self.shape,
                 self.options.gpu,
                 expert_parallel=self.options.enable_expert_parallel,
+                moe_backend=self.options.moe_backend,
             )
         except NotMeasuredError as error:
             return None, f"the roofline: {error}"
