@@ -50,8 +50,8 @@ PER_GROUP = 3
 
 MOST_ARITHMETIC = 0.7
 
-MOST_TOKENS = 128 << 10
-"""Clients times the length of an answer. What is more takes minutes to simulate."""
+LONGEST_OUTPUT, MOST_CLIENTS = 2048, 128
+"""What is longer or more takes minutes to simulate."""
 
 FRONT_END_MS, TOKENIZER_US = 3.0, 2.0
 """The API server and the client between them, a request; and a prompt's token."""
@@ -172,8 +172,10 @@ def read_rows() -> tuple[list[Row], dict[str, int]]:
             leave_out("data-parallel attention, which is several schedulers")
         elif not named:
             leave_out("the number of clients is not said")
-        elif int(named[1]) * row.osl > MOST_TOKENS:
-            leave_out(f"clients times length of answers above {MOST_TOKENS}, for time")
+        elif row.osl > LONGEST_OUTPUT:
+            leave_out(f"answers of more than {LONGEST_OUTPUT} tokens")
+        elif int(named[1]) > MOST_CLIENTS:
+            leave_out(f"more than {MOST_CLIENTS} clients")
         elif (
             row.system == "b200_sxm" and row.backend_version == "0.17.0" and row.precision == "fp8"
         ):
@@ -226,9 +228,9 @@ def simulate(row: Row) -> dict[str, Any]:
 
     gap = row.recipe == GAP_ANALYSIS.name
     recipe = GAP_ANALYSIS if gap else INFERENCE_MAX
-    chosen = {"gpu_memory_utilization": 0.9}
-    chosen |= gap_analysis_options(row) if gap else inference_max_options(row)
-    graphs = chosen.pop("piecewise_tokens", None)
+    settings = {"gpu_memory_utilization": 0.9}
+    settings |= gap_analysis_options(row) if gap else inference_max_options(row)
+    graphs = settings.pop("piecewise_tokens", None)
     options = Options(
         config_of(row),
         gpu=GPUS[row.system],
@@ -241,7 +243,7 @@ def simulate(row: Row) -> dict[str, Any]:
         concurrency=row.concurrency,
         front_end=FrontEnd(FRONT_END_MS, TOKENIZER_US),
         disturbances=Disturbances() if graphs is None else Disturbances(piecewise_tokens=graphs),
-        **chosen,
+        **settings,
     )
     random = np.random.default_rng(0)
     lengths = [
@@ -521,7 +523,8 @@ def numbers(rows: list[dict[str, Any]], serving: dict[str, Any]) -> dict[str, An
         "measured": serving["measured"],
         "count": len(rows),
         "per_group": PER_GROUP,
-        "most_tokens": MOST_TOKENS,
+        "longest": LONGEST_OUTPUT,
+        "clients": MOST_CLIENTS,
         "front_end_ms": FRONT_END_MS,
         "tokenizer_us": TOKENIZER_US,
         "recipes": "\n".join(f"* {r.name}: {r.sources}." for r in (INFERENCE_MAX, GAP_ANALYSIS)),
@@ -538,7 +541,7 @@ Made by `python eval/validation.py`; not to be edited. What others measured, bes
 is a closed loop of clients against vLLM: mean TTFT and TPOT. Ours is the simulator with vLLM's own
 scheduler and with NVIDIA's operator tables as the truth ([design.md](design.md), "The simulator").
 {count} rows: up to {per_group} of each GPU, model, precision and number of ranks, taken by a hash
-of their names, with up to {most_tokens} tokens in the answers that clients wait for at once.
+of their names, with answers of up to {longest} tokens and up to {clients} clients.
 
 How they were run is not in the file. Taken from elsewhere:
 
