@@ -45,7 +45,7 @@ CONFIGS = {
 }
 """Models, some at one precision, whose config stands under another name in the wheel."""
 
-PER_GROUP = 3
+PER_GROUP = 2
 """Rows of one GPU, model, precision and number of ranks that are simulated."""
 
 MOST_ARITHMETIC = 0.7
