@@ -3,6 +3,7 @@
 
 python eval/validation.py            # 10 to 15 minutes on two cores
 python eval/validation.py --page     # all but the whole systems, which are on file
+python eval/validation.py --only Qwen3-32B --trial '{"lengths": [0.8, 1.2]}'  # added to trials.json
 
 Needs ``pip install vllm-duet[measured]``, whose wheel holds the measurements of whole systems too
 (silicon_sample.csv), and the models' config.json.
@@ -17,7 +18,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -88,16 +89,16 @@ GAP_ANALYSIS = Recipe(
 
 def inference_max_options(row: Row) -> dict[str, Any]:
     """What InferenceMAX's scripts set beyond ``INFERENCE_MAX.sources``, by model, GPU and date.
-    ``piecewise_tokens`` is Disturbances', all else the simulator's Options'."""
+    As the simulator's Options have it, but that ``disturbances`` are fields of Disturbances."""
     hopper = row.system in ("h100_sxm", "h200_sxm")
     found: dict[str, Any] = {}
     if "Llama" in row.model:
         found["kv_dtype"] = "fp8"
         if not hopper:  # FULL_DECODE_ONLY: no CUDA graph with a prompt in it
-            found["piecewise_tokens"] = 0
+            found["disturbances"] = {"piecewise_tokens": 0}
     elif "gpt-oss" in row.model:
         # max-cudagraph-capture-size.
-        found["piecewise_tokens"] = 2048
+        found["disturbances"] = {"piecewise_tokens": 2048}
         if not hopper:
             found["moe_backend"] = "flashinfer_trtllm_afp8"
             found["kv_dtype"] = "fp8" if row.release else None
@@ -106,7 +107,7 @@ def inference_max_options(row: Row) -> dict[str, Any]:
     elif "MiniMax" in row.model and not hopper:
         found["kv_dtype"] = "fp8"
         found["max_num_batched_tokens"] = 2 * row.input_length
-        found["piecewise_tokens"] = 2048
+        found["disturbances"] = {"piecewise_tokens": 2048}
     elif row.system != "h100_sxm" and row.precision != "fp4":
         found["gpu_memory_utilization"] = 0.95
     return found
@@ -203,8 +204,8 @@ def read_rows() -> tuple[list[Row], dict[str, int]]:
     return rows, left_out
 
 
-def chosen(rows: Iterable[Row]) -> list[Row]:
-    """Up to PER_GROUP rows a group, by a hash of their names: nothing of their times counts. Of
+def chosen(rows: Iterable[Row], per_group: int = PER_GROUP) -> list[Row]:
+    """Up to ``per_group`` rows a group, by a hash of their names: nothing of their times counts. Of
     what was measured several times, one."""
     groups: dict[str, list[Row]] = {}
     seen = set()
@@ -214,13 +215,16 @@ def chosen(rows: Iterable[Row]) -> list[Row]:
             seen.add(case)
             groups.setdefault(row.group, []).append(row)
     return sorted(
-        (row for group in groups.values() for row in group[:PER_GROUP]),
+        (row for group in groups.values() for row in group[:per_group]),
         key=lambda row: (row.group, row.input_length, row.output_length, row.concurrency),
     )
 
 
-def simulate(row: Row) -> dict[str, Any]:
-    """A row's run by our simulator, with vLLM's own scheduler."""
+def simulate(row: Row, trial: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A row's run by our simulator, with vLLM's own scheduler.
+
+    ``trial`` are settings to try in place of the recipe's: ``lengths``, or as in
+    ``inference_max_options``."""
     from vllm_duet.sim.engine import FrontEnd
     from vllm_duet.sim.executor import Disturbances
     from vllm_duet.sim.simulation import Options, Simulation
@@ -228,9 +232,11 @@ def simulate(row: Row) -> dict[str, Any]:
 
     gap = row.recipe == GAP_ANALYSIS.name
     recipe = GAP_ANALYSIS if gap else INFERENCE_MAX
-    settings = {"gpu_memory_utilization": 0.9}
+    settings: dict[str, Any] = {"gpu_memory_utilization": 0.9}
     settings |= gap_analysis_options(row) if gap else inference_max_options(row)
-    graphs = settings.pop("piecewise_tokens", None)
+    settings |= trial or {}
+    shares = settings.pop("lengths", recipe.lengths)
+    disturbances = Disturbances(**settings.pop("disturbances", {}))
     options = Options(
         config_of(row),
         gpu=GPUS[row.system],
@@ -242,13 +248,13 @@ def simulate(row: Row) -> dict[str, Any]:
         max_num_seqs=row.concurrency,
         concurrency=row.concurrency,
         front_end=FrontEnd(FRONT_END_MS, TOKENIZER_US),
-        disturbances=Disturbances() if graphs is None else Disturbances(piecewise_tokens=graphs),
+        disturbances=disturbances,
         **settings,
     )
     random = np.random.default_rng(0)
     lengths = [
         random.integers(
-            *(round(share * mean) for share in recipe.lengths),
+            *(round(share * mean) for share in shares),
             size=10 * row.concurrency,
             endpoint=True,
         )
@@ -335,16 +341,22 @@ def main(
     workers: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
     page: Annotated[bool, typer.Option("--page", help="All but the whole systems.")] = False,
     only: Annotated[str, typer.Option(help="Only groups with this in their name.")] = "",
+    per_group: Annotated[int, typer.Option(min=1, help="Rows of each group.")] = PER_GROUP,
+    trial: Annotated[
+        str, typer.Option(help="JSON: settings to try in place of the recipes', with --only.")
+    ] = "",
 ) -> None:
+    if bool(trial) > bool(only):
+        raise typer.BadParameter("--trial needs --only")
     if not page:
-        serving(workers, only)
+        serving(workers, only, per_group, json.loads(trial or "null"))
     if not only:
         sm_curve()
         PAGE.write_text(write_page())
 
 
-def serving(workers: int, only: str) -> None:
-    """Whole systems; prints the errors, and writes serving.json unless ``only`` some ran."""
+def serving(workers: int, only: str, per_group: int, trial: dict[str, Any] | None) -> None:
+    """Whole systems; prints the errors, and writes serving.json, or adds to trials.json."""
     rows, left_out = read_rows()
     models = {(row.model, row.precision): row for row in rows}
     reasons = {
@@ -355,11 +367,12 @@ def serving(workers: int, only: str) -> None:
         if reason := reasons[row.model, row.precision]:
             left_out[reason] = left_out.get(reason, 0) + 1
     rows = chosen(
-        row for row in rows if not reasons[row.model, row.precision] and only in row.group
+        (row for row in rows if not reasons[row.model, row.precision] and only in row.group),
+        per_group,
     )
     results = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(simulate, row) for row in rows]
+        futures = [pool.submit(simulate, row, trial) for row in rows]
         for future in track(as_completed(futures), total=len(rows), console=Console(stderr=True)):
             results.append(future.result())
             print(line(results[-1]), flush=True)
@@ -369,9 +382,15 @@ def serving(workers: int, only: str) -> None:
         some = [r for r in results if r["half"] == half and not r["saturated"]]
         if some:
             print(half, len(some), *(f"{k} {mean_error(some, k):.1%}" for k in ("ttft", "tpot")))
+    measured = f"{tables.release()}: systems/silicon_sample.csv"
     if not only:
-        measured = f"{tables.release()}: systems/silicon_sample.csv"
         save("serving", {"measured": measured, "left_out": left_out, "rows": results})
+    if trial is not None:
+        file = RESULTS / "trials.json"
+        before = json.loads(file.read_text())["trials"] if file.exists() else []
+        once = {"command": shlex.join(["python", "eval/validation.py", *sys.argv[1:]])}
+        once |= {"only": only, "trial": trial, "rows": results}
+        save("trials", {"measured": measured, "trials": [*before, once]})
 
 
 def line(r: dict[str, Any]) -> str:
@@ -474,6 +493,21 @@ def write_page() -> str:
     )
     lines += [NOTES, "Left out of the measurements on file:", ""]
     lines += [f"* {n}: {why}" for why, n in sorted(serving["left_out"].items())]
+    if (trials := RESULTS / "trials.json").exists():
+        lines += [TRIALS]
+        lines += table(
+            ("rows", "trial", "measurements", "TTFT", "TPOT"),
+            [
+                (
+                    each["only"],
+                    f"`{json.dumps(each['trial'])}`",
+                    str(len(each["rows"])),
+                    error(each["rows"], "ttft"),
+                    error(each["rows"], "tpot"),
+                )
+                for each in json.loads(trials.read_text())["trials"]
+            ],
+        )
     lines += [SM_CURVE]
     lines += table(
         ("SMs", "measured ms", "ours ms", "error"),
@@ -559,9 +593,11 @@ Constants, and where they are from:
 * 300 us a step on the GPU outside the model and 2 us for a small kernel: vllm_duet/sim/measured.py.
 
 No constant was fitted by a method. Some choices were made with errors of rows from both halves in
-sight: the front end's cost, the second recipe's lengths, that sizes in the tables of all-reduces
-are elements (8-bit and 16-bit rows agree only so), the smoothing of disturbed benchmarks, and the
-rules by which rows are left out. The halves, by a hash of the rows' names, are for fits to come.
+sight: the front end's cost, where to look for how rows were run, that sizes in the tables of
+all-reduces are elements (8-bit and 16-bit rows agree only so), the smoothing of disturbed
+benchmarks, and the rules by which rows are left out. MiniMax-M2.5, Kimi-K2.5 and 4-bit Llama were
+added last, and nothing was changed for them but that ranks sum MiniMax's squares of Q and K. The
+halves, by a hash of the rows' names, are for fits to come.
 
 Errors are mean absolute ones, in brackets the median with its sign: positive is too slow."""
 
@@ -571,20 +607,36 @@ Vidur 16 % and 11 % (Llama-2-7B alone), aiconfigurator 21 % (ITL).
 """
 
 NOTES = """
-Where ours is far off, and why as far as is known:
+Where ours is far off, and what was tried. "Trials" are below, with their errors.
 
-* gpt-oss ran with other kernels than the tables': on a B200 with MXFP8 activations, half as long
-  in prefill; on H100 and H200 with Marlin, longer in prefill, alike in decode.
-* Qwen3-235B: whatever the number of clients, a token takes what reading all experts' weights takes
-  twice, as if a kernel of vLLM 0.12 did; the table's, of 0.24, reads those that tokens fall on.
-* TTFT of the gap analysis: as if three or four clients sent together, whatever their number, which
-  nothing in a closed loop explains; its TPOT is met.
-* TTFT on a B200 is 15 % and 30 to 60 ms short at every number of ranks; its TPOT is not.
-* Saturated rows: profiles hold the memory of data sheets, and drivers report 5 to 9 GB more on
-  these GPUs, so that our KV cache is full sooner.
-* Prefill on one GPU is some 15 % short, where it is longest: a benchmark is over before the GPU has
-  to lower its clocks.
+* NVIDIA's gap analysis, TTFT: explained by how it sets vLLM up. With lengths that differ and vLLM's
+  8192 tokens a step ours was a third short; with equal lengths alone, prompts of 1024 tokens wait
+  for eight of them; with its own limit of a step as well, TTFT is met at every number of clients on
+  eight GPUs. A slower front end (8, 15, 25 ms a request) makes it worse. On two GPUs prompts of
+  1024 tokens are still too slow, those of 4096 too fast.
+* gpt-oss: explained by the kernel. InferenceMAX told vLLM to take Marlin (H100, H200, from 0.18) or
+  mxfp8 activations (B200); vLLM's own choice, which is what the tables have of this model, is
+  another. Rows of one group may have been run years of kernels apart: those of November and
+  December 2025 were.
+* Qwen3-235B: not explained. A token takes 51 to 58 ms on two GPUs and 34 to 38 on four, for 4
+  clients as for 48, so every expert's weights seem to be read, and then some: in the tables all
+  of them take 29 and 18 ms, and everything else 7. No table of this model comes near: neither the
+  other two loads (at 16 clients evenly spread experts take 12 ms more, no more than that), nor vLLM
+  0.19's kernel, which takes what 0.24's does.
+* B200, TTFT: not explained. Long prompts are a fifth short at every number of ranks, for dense
+  models and mixtures alike; Llama's prompts of 1024 tokens, on 4 and 8 GPUs, by more than half. Its
+  script has no CUDA graph for a step with a prompt; that such a step then waits 43 ms for the host
+  (45 us a kernel) explains a third of it at 8 clients and an eighth at 64.
+* Prefill on one Hopper GPU is some 15 % short where it is longest. That a benchmark is over before
+  the GPU has to lower its clocks is a reading, not an experiment.
+* Rows whose KV cache was too small in ours alone: the profiles held the memory of data sheets.
 """
+
+TRIALS = """
+## Trials
+
+The same rows under other settings than the recipes' (`{}`: as the recipe has it); by
+`eval/validation.py --only ... --trial ...`, in `eval/results/validation/trials.json`."""
 
 SM_CURVE = """
 ## Decode on fewer SMs
