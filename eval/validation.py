@@ -612,12 +612,11 @@ Where ours is far off, and what was tried. "Trials" are below, with their errors
 * NVIDIA's gap analysis, TTFT: explained by how it sets vLLM up. With lengths that differ and vLLM's
   8192 tokens a step ours was a third short; with equal lengths alone, prompts of 1024 tokens wait
   for eight of them; with its own limit of a step as well, TTFT is met at every number of clients on
-  eight GPUs. A slower front end (8, 15, 25 ms a request) makes it worse. On two GPUs prompts of
-  1024 tokens are still too slow, those of 4096 too fast.
+  eight GPUs. On two, prompts of 1024 tokens are still too slow, those of 4096 too fast.
 * gpt-oss: explained by the kernel. InferenceMAX told vLLM to take Marlin (H100, H200, from 0.18) or
-  mxfp8 activations (B200); vLLM's own choice, which is what the tables have of this model, is
-  another. Rows of one group may have been run years of kernels apart: those of November and
-  December 2025 were.
+  mxfp8 activations (B200); the tables have vLLM's own choice of this model, and those two of other
+  models, from which its times are derived. What is left is TTFT, and rows of November and December
+  2025, of vLLM 0.11.
 * Qwen3-235B: not explained. A token takes 51 to 58 ms on two GPUs and 34 to 38 on four, for 4
   clients as for 48, so every expert's weights seem to be read, and then some: in the tables all
   of them take 29 and 18 ms, and everything else 7. No table of this model comes near: neither the
