@@ -467,10 +467,19 @@ def write_page() -> str:
                 ("of them, one half", of(judged, half="one")),
                 ("of them, the other half", of(judged, half="other")),
                 *(
-                    (f"{recipe.name}, {what}", of(judged, recipe=recipe.name, dense=dense))
+                    (
+                        f"{recipe.name}, {what}, {generation}",
+                        [
+                            row
+                            for row in of(judged, recipe=recipe.name, dense=dense)
+                            if row["system"].startswith(names)
+                        ],
+                    )
                     for recipe in (INFERENCE_MAX, GAP_ANALYSIS)
                     for what, dense in (("dense", True), ("mixture of experts", False))
+                    for generation, names in (("Hopper", "h"), ("Blackwell", "b"))
                 ),
+                ("models added last", [row for row in judged if added_last(row)]),
                 ("saturated (the KV cache is too small for all clients)", of(rows, saturated=True)),
             )
             if some
@@ -529,6 +538,12 @@ def write_page() -> str:
 
 def of(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def added_last(row: dict[str, Any]) -> bool:
+    """MiniMax-M2.5, Kimi-K2.5 and 4-bit Llama."""
+    four_bit_llama = row["precision"] == "fp4" and "Llama" in row["model"]
+    return four_bit_llama or row["model"].startswith(("MiniMax", "moonshotai"))
 
 
 def error(rows: list[dict[str, Any]], of: str) -> str:
