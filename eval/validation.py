@@ -632,15 +632,19 @@ Where ours is far off, and what was tried. "Trials" are below, with their errors
   mxfp8 activations (B200); the tables have vLLM's own choice of this model, and those two of other
   models, from which its times are derived. What is left is TTFT, and rows of November and December
   2025, of vLLM 0.11.
-* Qwen3-235B: not explained. A token takes 51 to 58 ms on two GPUs and 34 to 38 on four, for 4
+* Qwen3-235B: not explained. A token takes 51 to 59 ms on two GPUs and 34 to 46 on four, for 4
   clients as for 48, so every expert's weights seem to be read, and then some: in the tables all
   of them take 29 and 18 ms, and everything else 7. No table of this model comes near: neither the
   other two loads (at 16 clients evenly spread experts take 12 ms more, no more than that), nor vLLM
   0.19's kernel, which takes what 0.24's does.
-* B200, TTFT: not explained. Long prompts are a fifth short at every number of ranks, for dense
-  models and mixtures alike; Llama's prompts of 1024 tokens, on 4 and 8 GPUs, by more than half. Its
-  script has no CUDA graph for a step with a prompt; that such a step then waits 43 ms for the host
-  (45 us a kernel) explains a third of it at 8 clients and an eighth at 64.
+* InferenceMAX, TTFT: three causes seem to add up. Prompts of 1024 tokens with up to 16 clients are 6
+  to 19 ms short in 20 of 31 rows, whatever the model and the GPU, as if client and API server took
+  ten more than the 5 ms assumed here. Prompts of 8192 tokens take 1.22 times ours on Blackwell (the
+  middle half of the rows 1.20 to 1.32) and 1.12 times on Hopper, at every number of ranks, for
+  dense models and mixtures alike: not explained. And Llama's prompts of 1024 tokens on 4 and 8
+  B200 take twice ours and more. Its script has no CUDA graph for a step with a prompt; that such a
+  step then waits 43 ms for the host (45 us a kernel) explains a third of it at 8 clients and an
+  eighth at 64.
 * Prefill on one Hopper GPU is some 15 % short where it is longest. That a benchmark is over before
   the GPU has to lower its clocks is a reading, not an experiment.
 * Rows whose KV cache was too small in ours alone: the profiles held the memory of data sheets.
