@@ -637,14 +637,14 @@ Where ours is far off, and what was tried. "Trials" are below, with their errors
   of them take 29 and 18 ms, and everything else 7. No table of this model comes near: neither the
   other two loads (at 16 clients evenly spread experts take 12 ms more, no more than that), nor vLLM
   0.19's kernel, which takes what 0.24's does.
-* InferenceMAX, TTFT: three causes seem to add up. Prompts of 1024 tokens with up to 16 clients are 6
-  to 19 ms short in 20 of 31 rows, whatever the model and the GPU, as if client and API server took
-  ten more than the 5 ms assumed here. Prompts of 8192 tokens take 1.22 times ours on Blackwell (the
-  middle half of the rows 1.20 to 1.32) and 1.12 times on Hopper, at every number of ranks, for
-  dense models and mixtures alike: not explained. And Llama's prompts of 1024 tokens on 4 and 8
-  B200 take twice ours and more. Its script has no CUDA graph for a step with a prompt; that such a
-  step then waits 43 ms for the host (45 us a kernel) explains a third of it at 8 clients and an
-  eighth at 64.
+* InferenceMAX, TTFT: three causes seem to add up. Prompts of 1024 tokens with up to 16 clients are
+  6 to 19 ms short in 19 of 31 rows, whatever the model and the GPU, as if client and API server
+  took ten more than the 5 ms assumed here. Prompts of 8192 tokens take 1.22 times ours on
+  Blackwell (the middle half of the rows 1.20 to 1.32) and 1.12 times on Hopper, at every number of
+  ranks, for dense models and mixtures alike: not explained. And Llama's prompts of 1024 tokens on 4
+  and 8 B200 take 1.6 to 2.5 times ours. Its script has no CUDA graph for a step with a prompt; that
+  such a step then waits 43 ms for the host (45 us a kernel) explains a third of it at 8 clients and
+  an eighth at 64.
 * Prefill on one Hopper GPU is some 15 % short where it is longest. That a benchmark is over before
   the GPU has to lower its clocks is a reading, not an experiment.
 * Rows whose KV cache was too small in ours alone: the profiles held the memory of data sheets.
