@@ -25,6 +25,7 @@ from vllm_duet.policy import (
     _tokens_per_pair,
     chunk_sizes,
     decode_sm_candidates,
+    sm_groups,
     validate_decode_sms,
 )
 from vllm_duet.roofline import Batch, GpuProfile, ModelShape, Roofline, StepTimeCorrection
@@ -62,6 +63,13 @@ MODELS = {"qwen3-8b": QWEN3_8B, "mistral-7b": MISTRAL_7B, "qwen3-moe": QWEN3_MOE
 @cache
 def roofline_of(model: str = "qwen3-8b", gpu: str = "h100-sxm") -> Roofline:
     return Roofline(ModelShape.from_hf_config(MODELS[model]), GpuProfile.load(gpu))
+
+
+BUSY = Load(spare=0.2)
+"""Decodes are what the GPU is short of time for."""
+
+PROMPTS_SHORT = Load(spare=0.0, backlog=2.0)
+"""Prompts are, and not all that wait fit into a step."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,9 @@ class Case:
         alone_ms = self.roofline.predict(self.prefill, self.num_sms).ms
         added_ms = self.mixed_ms() - alone_ms
         decode_alone_ms = self.roofline.predict(self.decode, self.num_sms).ms
-        weight = min(1, self.load.recent / 0.1) * min(max((0.5 - self.load.lasting) / 0.2, 0), 1)
+        load = self.load
+        weight = min(max((0.5 - load.spare) / 0.2, 0), 1) * min(max(2 - 2 * load.backlog, 0), 1)
+        weight = max(weight, min(max((load.kv_usage - 0.8) / 0.15, 0), 1))
         decode_ms = added_ms + weight * (decode_alone_ms - added_ms)
         prefill_price_ms = self.mixed_ms() - decode_ms
         if plan.mode is Mode.SPLIT:
@@ -170,18 +180,19 @@ class Case:
 
 
 CASES = st.builds(
-    lambda model, gpu, decodes, prefills, recent, lasting: Case(
+    lambda model, gpu, decodes, prefills, spare, backlog, kv_usage: Case(
         roofline_of(model, gpu),
         decodes,
         [q for q, _ in prefills],
         [c for _, c in prefills],
-        Load(recent, lasting),
+        Load(spare, backlog=backlog, kv_usage=kv_usage),
     ),
     st.sampled_from(sorted(MODELS)),
     st.sampled_from(GpuProfile.names()),
     st.lists(st.integers(0, 20_000), min_size=1, max_size=80),
     st.lists(st.tuples(st.integers(2, 8000), st.integers(0, 30_000)), min_size=1, max_size=4),
-    st.floats(0, 0.2),
+    st.floats(0, 1),
+    st.floats(0, 2),
     st.floats(0, 1),
 )
 BOUNDS = st.one_of(st.floats(1, 60), st.floats(1, 1000))
@@ -194,7 +205,7 @@ class FixedCorrection(StepTimeCorrection):
         super().__init__()
         self._factor, self._guard = factor, guard
 
-    def factor(self, kind: str) -> float:
+    def factor(self, kind: str, default: float = 1.0) -> float:
         return self._factor
 
     def guard(self, kind: str) -> float:
@@ -258,7 +269,7 @@ def test_no_plan_that_keeps_the_bound_is_faster(case: Case, bound_ms: float) -> 
 @given(CASES, BOUNDS)
 def test_a_prefill_is_cut_as_if_decodes_were_never_alone(case: Case, bound_ms: float) -> None:
     chosen = case.decide(PolicyLimits(bound_ms, throughput_margin=0.0), can_split=False)
-    busy = replace(case, load=Load(recent=0.0, lasting=0.0))
+    busy = replace(case, load=PROMPTS_SHORT)
     caps = chunk_sizes(sum(case.queries)).tolist()[::5]
     for plan in case.plans((), caps=caps):
         if plan.tbt_ms <= bound_ms < case.mixed_ms():
@@ -278,7 +289,7 @@ def test_leaving_a_mixed_step_that_fits_gains_the_margin(
 @given(CASES, BOUNDS, st.floats(1, 4))
 def test_a_looser_bound_never_hurts(case: Case, bound_ms: float, looser: float) -> None:
     """Where decodes are never alone, as which caps are chosen."""
-    case = replace(case, load=Load(recent=0.0, lasting=0.0))
+    case = replace(case, load=PROMPTS_SHORT)
     tight = case.decide(PolicyLimits(bound_ms, throughput_margin=0.0))
     assume(case.tbt_ms(tight) <= bound_ms)
     loose = case.decide(PolicyLimits(bound_ms * looser, throughput_margin=0.0))
@@ -339,6 +350,42 @@ def test_where_joins_are_frequent_the_bound_holds_for_two_steps(
     assert rare.decide(PolicyLimits(bound_ms)) == case.decide(PolicyLimits(bound_ms))
 
 
+@given(CASES, BOUNDS, st.floats(0, 1))
+def test_who_waits_since_a_join_finds_the_rest_of_the_bound(
+    case: Case, bound_ms: float, share: float
+) -> None:
+    waited = replace(case, load=case.load._replace(waited_ms=share * bound_ms))
+    plan, before = waited.decide(PolicyLimits(bound_ms)), case.decide(PolicyLimits(bound_ms))
+    # The wait cuts the step, and does not change whether it is split.
+    assert (plan.mode is Mode.SPLIT) == (before.mode is Mode.SPLIT)
+    if plan.mode is not Mode.SPLIT:
+        left = PolicyLimits((1 - share) * bound_ms) if share < 1 else PolicyLimits(0.0)
+        assert plan == case.decide(left, can_split=False)
+
+
+@given(CASES, BOUNDS)
+def test_where_a_cap_is_too_late_there_is_none(case: Case, bound_ms: float) -> None:
+    policy = ForecastPolicy(case.roofline, PolicyLimits(bound_ms))
+    batch = case.decode_contexts, case.queries, case.contexts
+    plan = policy.decide(*batch, can_split=True, can_cap=False, load=case.load)
+    assert plan.mode is not Mode.CAPPED
+    least_ms = min(p.tbt_ms for p in case.plans(policy.decode_sms, caps=()))
+    assert case.tbt_ms(plan) <= max(bound_ms, 1.05 * least_ms) * (1 + 1e-9)
+
+
+def test_a_decode_step_is_worth_what_it_was_measured_to_take() -> None:
+    """Mixed steps and decodes alone may be forecast wrong by different factors."""
+    case = Case(roofline_of(), [4300] * 80, [4000], [0], BUSY)
+    limits, correction = PolicyLimits(1000.0), StepTimeCorrection()
+    decode_ms = case.decide(limits).decode_ms
+    assert decode_ms == pytest.approx(case.roofline.predict(case.decode, case.num_sms).ms)
+    assert case.decide(limits, correction).mode is Mode.SPLIT
+    for _ in range(50):
+        correction.observe(decode_ms, 0.5 * decode_ms, "decode_only")
+        correction.observe(1.0, 1.0, "aggregated")
+    assert case.decide(limits, correction).mode is Mode.AGGREGATED
+
+
 # One token left of a prompt
 
 
@@ -369,10 +416,6 @@ def test_a_long_prompt_that_breaks_the_bound_does_not_run_mixed() -> None:
     assert case.mixed_ms(capped.max_prefill_tokens * 3 // 2) > bound_ms
 
 
-BUSY = Load(recent=0.2, lasting=0.2)
-"""Decodes are what the GPU is short of time for."""
-
-
 def test_heavy_decode_splits_for_throughput_and_light_decode_does_not() -> None:
     bound_ms = 1000.0
     heavy = Case(roofline_of(), [4300] * 80, [8192 - 80], [0], BUSY)
@@ -384,13 +427,16 @@ def test_heavy_decode_splits_for_throughput_and_light_decode_does_not() -> None:
     assert light.decide(PolicyLimits(bound_ms)).mode is Mode.AGGREGATED
 
 
-@pytest.mark.parametrize("load", [Load(recent=0.0, lasting=0.0), Load(recent=1.0, lasting=0.6)])
+@pytest.mark.parametrize("load", [PROMPTS_SHORT, Load(spare=0.6)])
 def test_short_prompts_stay_mixed_where_they_are_all_that_waits_or_nothing_does(
     load: Load,
 ) -> None:
     case = Case(roofline_of(), [1400] * 150, [4000], [0], BUSY)
     assert case.decide(PolicyLimits(1000.0)).mode is Mode.SPLIT
     assert replace(case, load=load).decide(PolicyLimits(1000.0)).mode is Mode.AGGREGATED
+    # Where the KV cache is full, prompts wait for decodes to end.
+    full = replace(case, load=load._replace(kv_usage=0.95))
+    assert full.decide(PolicyLimits(1000.0)).mode is Mode.SPLIT
 
 
 def test_a_prefill_that_follows_has_the_lane_of_the_one_in_flight() -> None:
@@ -401,8 +447,8 @@ def test_a_prefill_that_follows_has_the_lane_of_the_one_in_flight() -> None:
         if plan.mode is Mode.SPLIT:
             assert plan.decode_sms == lane
             assert plan.tbt_ms == pytest.approx(case.pair_ms(lane)[0])
-    assert case.decide(limits, lane_in_use=48).mode is Mode.SPLIT
-    assert case.decide(PolicyLimits(5.0), lane_in_use=48).mode is not Mode.SPLIT
+    assert case.decide(limits, lane_in_use=56).mode is Mode.SPLIT
+    assert case.decide(PolicyLimits(5.0), lane_in_use=56).mode is not Mode.SPLIT
 
 
 def test_a_prefill_that_follows_waits_for_no_join() -> None:
@@ -458,8 +504,11 @@ def test_candidates_suit_every_shipped_gpu(name: str) -> None:
     lanes = decode_sm_candidates(profile)
     assert 2 <= len(lanes) <= 5
     assert validate_decode_sms(profile, lanes) == lanes
-    assert lanes[-1] <= profile.num_sms // 2
-    assert profile.bandwidth_fractions()[lanes[0]] >= 0.25
+    bandwidth = profile.bandwidth_fractions()
+    assert bandwidth[lanes[0]] >= 0.25
+    # No lane leaves decode and prefill together a larger part of the GPU than the largest.
+    both = [bandwidth[sms] - sms / profile.num_sms for sms in sm_groups(profile)]
+    assert bandwidth[lanes[-1]] - lanes[-1] / profile.num_sms == pytest.approx(max(both))
 
 
 @given(

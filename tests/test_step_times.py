@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_duet.policy import AGGREGATED_STEP, DECODE_LANE, DECODE_ONLY
+from vllm_duet.policy import AGGREGATED_STEP, DECODE_LANE, DECODE_ONLY, PREFILL_LANE
 from vllm_duet.roofline import StepTimeCorrection
 from vllm_duet.step_times import StepTimes
 
@@ -18,27 +18,36 @@ class Clock:
         return self.seconds
 
 
-def run(times: StepTimes, clock: Clock, kind: str, seconds: float, forecast_ms: float = 0) -> None:
+def run(
+    times: StepTimes,
+    clock: Clock,
+    kind: str,
+    seconds: float,
+    forecast_ms: float = 0,
+    prompts_wait: bool = False,
+) -> None:
     """Schedule a step, and let it take ``seconds``."""
     output = SimpleNamespace(num_scheduled_tokens={})
-    times.scheduled(output, kind, forecast_ms)
+    times.scheduled(output, kind, forecast_ms, prompts_wait=prompts_wait)
     clock.seconds += seconds
     times.ended(output)
 
 
-def test_load_follows_what_decodes_had_beside_them() -> None:
+def test_time_to_spare_is_that_of_decodes_alone_while_no_prompt_waits() -> None:
     clock = Clock()
     times = StepTimes(None, clock)
-    for _ in range(20):
+    for _ in range(100):
         run(times, clock, AGGREGATED_STEP, 0.1)
-    assert times.load.recent < 0.01
-    assert times.load.recent < times.load.lasting < 0.5
-    for _ in range(10):
+    assert times.load.spare < 0.01
+    for _ in range(100):
+        run(times, clock, DECODE_ONLY, 0.02, prompts_wait=True)
+    assert times.load.spare < 0.01
+    for _ in range(100):
         run(times, clock, DECODE_ONLY, 0.02)
-    busy = times.load
-    assert 0.3 < busy.recent < 0.7
+    spare = times.load.spare
+    assert 0.5 < spare < 0.8
     run(times, clock, DECODE_LANE, 0.02)
-    assert times.load.recent < busy.recent
+    assert times.load.spare < spare
 
 
 def test_load_weighs_time_and_not_steps() -> None:
@@ -49,8 +58,7 @@ def test_load_weighs_time_and_not_steps() -> None:
         for _ in range(steps):
             run(times, clock, AGGREGATED_STEP, 0.2 / steps)
         shares.append(times.load)
-    assert shares[0].recent == pytest.approx(shares[1].recent)
-    assert shares[0].lasting == pytest.approx(shares[1].lasting)
+    assert shares[0].spare == pytest.approx(shares[1].spare)
 
 
 def test_time_in_which_nothing_ran_is_time_to_spare() -> None:
@@ -61,14 +69,13 @@ def test_time_in_which_nothing_ran_is_time_to_spare() -> None:
     before = times.load
     clock.seconds += 1
     run(times, clock, AGGREGATED_STEP, 1e-6, forecast_ms=1e-3)
-    assert before.lasting < times.load.lasting < 0.9
-    # It says nothing of how long a step takes, nor of whom the steps belong to.
-    assert times.load.recent == pytest.approx(before.recent, rel=1e-3)
+    assert before.spare < times.load.spare < 0.9
+    # It says nothing of how long a step takes.
     assert times.correction is not None
     assert times.correction.factor(AGGREGATED_STEP) == pytest.approx(1.0)
     clock.seconds += 60
     run(times, clock, AGGREGATED_STEP, 1e-6)
-    assert times.load.lasting == pytest.approx(1.0)
+    assert times.load.spare == pytest.approx(1.0)
 
 
 def test_load_has_the_share_of_tokens_after_a_join() -> None:
@@ -79,7 +86,7 @@ def test_load_has_the_share_of_tokens_after_a_join() -> None:
         for _ in range(2):
             times.scheduled(decodes, DECODE_LANE)
             times.ended(decodes)
-        times.prefill_ended(0.0, 0.0, num_decoding=2)
+        times.prefill_ended(1.0, 1.0, num_decoding=2)
     assert times.load.joined == pytest.approx(0.01, rel=0.02)
     for _ in range(1000):
         times.scheduled(decodes, DECODE_ONLY)
@@ -97,3 +104,27 @@ def test_a_step_scheduled_while_another_ran_is_timed_from_that_ones_end() -> Non
         clock.seconds += 0.1
         times.ended(output)
     assert correction.factor(AGGREGATED_STEP) == pytest.approx(1.0)
+
+
+def test_decodes_alone_are_compared_with_the_forecast_that_a_decision_made() -> None:
+    clock, correction = Clock(), StepTimeCorrection(min_samples=1)
+    times = StepTimes(correction, clock)
+    run(times, clock, DECODE_ONLY, 0.02)
+    times.forecast(10.0)
+    assert correction.factor(DECODE_ONLY) == pytest.approx(2.0)
+    # Once only, and not where the step that ended last had prompts in it.
+    times.forecast(1.0)
+    run(times, clock, DECODE_ONLY, 0.02)
+    run(times, clock, AGGREGATED_STEP, 0.1)
+    times.forecast(1.0)
+    assert correction.factor(DECODE_ONLY) == pytest.approx(2.0)
+
+
+def test_a_prefill_is_compared_with_the_time_of_its_lane() -> None:
+    """Not with that until its join, which waits for a decode step to end."""
+    correction = StepTimeCorrection(min_samples=1)
+    times = StepTimes(correction, Clock())
+    times.prefill_ended(10.0, 20.0, num_decoding=0)
+    assert correction.factor(PREFILL_LANE) == pytest.approx(2.0)
+    times.prefill_ended(10.0, 0.0, num_decoding=0)  # a lane that does not tell
+    assert correction.factor(PREFILL_LANE) == pytest.approx(2.0)

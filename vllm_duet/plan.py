@@ -39,8 +39,9 @@ class DuetPlan:
     steps fit beside the prefill. ``max_prefill_tokens`` limits the prefill
     tokens of the step; ``None`` leaves vLLM's own budget. ``tbt_ms`` is the
     forecast time between tokens that a decoding user sees in this step,
-    ``prefill_ms`` the forecast time until the prefill tokens are computed, and
-    ``tokens_per_s`` the forecast throughput the modes were compared by.
+    ``prefill_ms`` the forecast time until the prefill tokens are computed,
+    ``tokens_per_s`` the forecast throughput, and ``decode_ms`` what the decodes would take
+    alone on all SMs.
     """
 
     mode: Mode
@@ -52,6 +53,7 @@ class DuetPlan:
     tbt_ms: float = 0.0
     prefill_ms: float = 0.0
     tokens_per_s: float = 0.0
+    decode_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,16 @@ PREFILL_LANE: Final = "prefill_lane"
 MIN_CHUNK_TOKENS: Final = 16
 """The least prefill of a CAPPED step, so that a prompt always progresses."""
 
-DECODE_BOUND_SHARE: Final = 0.1
-"""Where decodes have the GPU to themselves for this share of the recent time, a decode
-step done beside a prefill is one less to do alone."""
+SPARE_SHARES: Final = (0.3, 0.5)
+"""Where the GPU keeps up with its prompts for more than the second share of the time, what is
+gained by a split is time to idle, and what is lost is time to first token."""
 
-BUSY_SHARES: Final = (0.3, 0.5)
-"""Where they have it for more than the second share of the lasting time, the GPU keeps up:
-what is gained by a split is time to idle, and what is lost is time to first token."""
+BACKLOG_SHARES: Final = (0.5, 1.0)
+"""Where the prompts that wait fill more than the second share of a step, they are what the GPU is
+short of time for."""
+
+KV_SHARES: Final = (0.8, 0.95)
+"""Where more than the second share of the KV cache is in use, prompts wait for decodes to end."""
 
 LATE_SHARE: Final = 0.004
 """The part of all tokens that may break the bound after a join: it is one on the 99th
@@ -50,22 +53,31 @@ NUM_CHUNK_SIZES: Final = 64
 
 
 class Load(NamedTuple):
-    """What the GPU was busy with.
+    """What the GPU is short of.
 
-    ``recent`` and ``lasting`` are the share of the time in which decodes had the GPU to
-    themselves. ``recent`` covers some dozen steps, and is near 0 while prompts are what the GPU is
-    short of time for. ``lasting`` covers some seconds, those also in which the GPU had
-    nothing to do, and is high where it keeps up with its prompts easily. ``joined`` is
-    the share of the last thousands of tokens that were a request's second after it joined.
+    ``spare`` is the share of the last seconds in which it kept up with its prompts: it had nothing
+    to do, or decodes alone while no prompt waited. ``joined`` is the share of the last thousands
+    of tokens that were a request's second after it joined. ``backlog`` is how many steps the
+    prompts that wait could fill, as far as the KV cache has room for them, and ``kv_usage`` the
+    share of it that is in use. ``waited_ms``: for how long requests that have just joined will
+    have waited for their second token when the step begins.
     """
 
-    recent: float
-    lasting: float
+    spare: float
     joined: float = 0.0
+    backlog: float = 0.0
+    kv_usage: float = 0.0
+    waited_ms: float = 0.0
 
 
-IDLE: Final = Load(1.0, 1.0)
+IDLE: Final = Load(1.0)
 """Nothing has run yet."""
+
+
+def _rising(value: float, shares: tuple[float, float]) -> float:
+    """0 up to the first of ``shares``, 1 from the second on, linear in between."""
+    low, high = shares
+    return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
 class Policy(Protocol):
@@ -78,6 +90,7 @@ class Policy(Protocol):
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        can_cap: bool = True,
         load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
@@ -86,7 +99,8 @@ class Policy(Protocol):
         ``decode_context_lens`` [num_decodes] and ``prefill_context_lens``
         [num_prefills] are tokens already in the KV cache; the decodes compute
         one token each, the prefills ``prefill_query_lens`` [num_prefills].
-        None of them is empty. With ``can_split`` false the plan is never SPLIT.
+        None of them is empty. With ``can_split`` false the plan is never SPLIT, with
+        ``can_cap`` false never CAPPED.
         ``load`` is what the GPU was busy with lately. ``lane_in_use`` is the SM count of
         the decode lane while another prefill is in flight: a SPLIT then has the same
         lane, and follows it.
@@ -118,6 +132,7 @@ class FixedModePolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        can_cap: bool = True,
         load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
@@ -145,10 +160,11 @@ class RandomPolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        can_cap: bool = True,
         load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
-        modes = [Mode.AGGREGATED, Mode.CAPPED] + [Mode.SPLIT] * (2 if can_split else 0)
+        modes = [Mode.AGGREGATED] + [Mode.CAPPED] * can_cap + [Mode.SPLIT] * 2 * can_split
         mode = self._random.choice(modes)
         if mode is Mode.AGGREGATED:
             return DuetPlan(mode, reason="random")
@@ -190,17 +206,17 @@ def decode_sm_candidates(profile: GpuProfile, max_candidates: int = 3) -> tuple[
 
     Decode is bound by bandwidth, which saturates early (design.md, "Roofline, in
     short"). The least lane reaches a quarter of it: with less, every decode step
-    takes over four times as long. The largest reaches nine tenths, or has half of the
-    SMs: prefill pays for each SM in proportion, and decode gains little from more.
+    takes over four times as long. Of the largest the two lanes together do most: there an
+    SM more gives decode as large a part of the bandwidth as it takes from prefill of the SMs.
     As step times go with 1/S, the counts between grow by a constant ratio.
     """
     step, bandwidth = profile.sm_granularity, profile.bandwidth_fractions()
-    quarter, most = (int(np.argmax(bandwidth >= share)) for share in (0.25, 0.9))
+    groups = np.array(sm_groups(profile))
+    quarter = int(np.argmax(bandwidth >= 0.25))
     first = -(-max(profile.min_sms, quarter) // step)
-    last = max(first, -(-most // step))
-    last = min(last, profile.num_sms // 2 // step, (profile.num_sms - profile.min_sms) // step)
-    if first > last:
+    if not groups.size or first * step > groups[-1]:
         return ()
+    last = max(first, int(groups[np.argmax(bandwidth[groups] - groups / profile.num_sms)]) // step)
     steps = np.geomspace(first, last, max_candidates).round().astype(int)
     return tuple(step * n for n in sorted(set(steps.tolist())))
 
@@ -385,11 +401,33 @@ class ForecastPolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        can_cap: bool = True,
         load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
+        batch = (decode_context_lens, prefill_query_lens, prefill_context_lens)
+        bound_ms = self._limits.tbt_slo_ms
+        plan = self._plan(*batch, bound_ms, can_split, can_cap, load, lane_in_use)
+        if load.waited_ms and plan.mode is not Mode.SPLIT:
+            # For those who have waited it is to be shorter. Whether to split is about more
+            # than this step, and not decided by that.
+            plan = self._plan(*batch, bound_ms - load.waited_ms, False, can_cap, load, None)
+        return plan
+
+    def _plan(
+        self,
+        decode_context_lens: Sequence[int],
+        prefill_query_lens: Sequence[int],
+        prefill_context_lens: Sequence[int],
+        within_ms: float,
+        can_split: bool,
+        can_cap: bool,
+        load: Load,
+        lane_in_use: int | None,
+    ) -> DuetPlan:
+        """The plan that keeps a TBT ``within_ms``, or as :meth:`decide` says."""
         limits = self._limits
-        bound_ms, must_beat = limits.tbt_slo_ms, 1 + limits.throughput_margin
+        bound_ms, must_beat = within_ms, 1 + limits.throughput_margin
         num_decodes, prefill_tokens = len(decode_context_lens), sum(prefill_query_lens)
         decode = self._roofline.decode_summary(decode_context_lens)
         prefill = self._roofline.prefill_summary(prefill_query_lens, prefill_context_lens)
@@ -401,8 +439,9 @@ class ForecastPolicy:
         )
         factor, guard = self._correct(AGGREGATED_STEP)
         whole_ms = mixed_ms * factor
-        decode_price = factor * self.decode_price(
-            num_decodes, prefill_tokens, mixed_ms, prefill_ms, decode_ms, load
+        alone = 1.0 if self._correction is None else self._correction.factor(DECODE_ONLY, factor)
+        decode_price = self.decode_price(
+            num_decodes, prefill_tokens, whole_ms, prefill_ms * factor, decode_ms * alone, load
         )
         prices = (decode_price, whole_ms - decode_price)
         splits = self._splits(
@@ -423,7 +462,7 @@ class ForecastPolicy:
             if not limits.split_for_throughput:
                 splits = []
         else:
-            sizes = self.chunk_sizes(prefill_tokens)
+            sizes = self.chunk_sizes(prefill_tokens) if can_cap else np.array([prefill_tokens])
             chunks_ms, chunk_tokens, pairs = self._roofline.capped_ms(
                 decode, prefill_query_lens, prefill_context_lens, sizes
             )
@@ -436,11 +475,11 @@ class ForecastPolicy:
                 guard,
                 factor * (mixed_ms - prefill_ms),
                 *prices,
-                limits.tbt_slo_ms,
+                within_ms,
                 min([split.guarded_ms for split in splits], default=np.inf),
                 must_beat,
             )
-            if bound_ms > limits.tbt_slo_ms:
+            if bound_ms > within_ms:
                 reason = _OUT_OF_REACH
             cap, tbt_ms = int(sizes[chunk]), float(chunks_ms[chunk])
         keeping = [split for split in splits if split.guarded_ms <= bound_ms]
@@ -456,6 +495,7 @@ class ForecastPolicy:
                 tbt_ms=split.tbt_ms,
                 prefill_ms=split.prefill_ms,
                 tokens_per_s=1e3 * tokens / split.wall_ms,
+                decode_ms=decode_ms,
             )
         whole = cap == prefill_tokens
         return DuetPlan(
@@ -465,6 +505,7 @@ class ForecastPolicy:
             tbt_ms=tbt_ms,
             prefill_ms=tbt_ms,
             tokens_per_s=1e3 * (num_decodes + cap) / (tbt_ms * factor),
+            decode_ms=decode_ms,
         )
 
     def decode_price(
@@ -479,15 +520,17 @@ class ForecastPolicy:
         """What a decode step is worth to :func:`speedup`, in ms of the mixed step.
 
         The times are of the mixed step, and of its prefill and its decodes alone. A decode
-        step is worth what it would cost otherwise. While decodes ever have the GPU to
-        themselves, that is a step alone; where prompts leave no such time, it is what
-        decodes add to a mixed step. Most of a step alone is reading the weights when
-        decodes are few, which beside a prefill they get for nothing. Where the GPU keeps
-        up easily, the least is right too: prompts are then served soonest.
+        step is worth what it would cost otherwise. While the prompts that wait do not fill a
+        step, or where the KV cache is so full that they wait for decodes to end, that is a
+        step alone. Where prompts are what the GPU is short of time for, it is what decodes add
+        to a mixed step: most of a step alone is reading the weights when decodes are few,
+        which beside a prefill they get for nothing. Where the GPU keeps up easily, the least
+        is right too: prompts are then served soonest.
         """
-        busy, idle = BUSY_SHARES
-        weight = min(1.0, load.recent / DECODE_BOUND_SHARE)
-        weight *= min(1.0, max(0.0, (idle - load.lasting) / (idle - busy)))
+        weight = (1 - _rising(load.spare, SPARE_SHARES)) * (
+            1 - _rising(load.backlog, BACKLOG_SHARES)
+        )
+        weight = max(weight, _rising(load.kv_usage, KV_SHARES))
         return weight * decode_ms + (1 - weight) * (mixed_ms - prefill_ms)
 
     def chunk_sizes(self, prefill_tokens: int) -> IntArray:

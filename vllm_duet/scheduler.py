@@ -55,6 +55,7 @@ from vllm_duet.policy import (
     AGGREGATED_STEP,
     DECODE_LANE,
     DECODE_ONLY,
+    IDLE,
     PREFILL_LANE,
     FixedModePolicy,
     ForecastPolicy,
@@ -100,6 +101,7 @@ class DuetScheduler(AsyncScheduler):
         self._policy = make_policy(self.duet_config, vllm_config, self._step_times.correction)
         self._kv_blocks = KVBlocks(self.kv_cache_manager, self.kv_cache_config)
         self._num_capped_decodes = 0
+        self._load, self._lane_step_ms = IDLE, 0.0
         self._in_flight: list[InFlightPrefill] = []
         self._held: list[Request] = []
         """Kept out of ``running`` while prefills are in flight: their requests, and any
@@ -145,13 +147,7 @@ class DuetScheduler(AsyncScheduler):
         if plan.mode is Mode.SPLIT:
             if not as_planned and all(batch := batch_of(output)):
                 # The prefix cache held some of it, or the KV cache had no room.
-                again = self._policy.decide(*batch, can_split=True, load=self._step_times.load)
-                if again.mode is Mode.CAPPED:
-                    # For a cap it is too late, and whole it would break the bound: split as
-                    # planned, its time taken to be in proportion to the tokens.
-                    share = sum(batch[1]) / prefill_tokens
-                    again = replace(plan, prefill_ms=plan.prefill_ms * share)
-                plan = again
+                plan = self._policy.decide(*batch, can_split=True, can_cap=False, load=self._load)
             if (
                 plan.mode is Mode.SPLIT
                 and (decode := self._split(output, plan, num_decodes)) is not None
@@ -159,7 +155,9 @@ class DuetScheduler(AsyncScheduler):
                 return decode
             plan, as_planned = replace(plan, mode=Mode.AGGREGATED), False
         forecast_ms = plan.tbt_ms if as_planned else 0.0
-        self._step_times.scheduled(output, _kind_of(output), forecast_ms)
+        self._step_times.scheduled(
+            output, _kind_of(output), forecast_ms, prompts_wait=bool(self.waiting)
+        )
         self.totals.steps[plan.mode] += 1
         return output
 
@@ -181,29 +179,43 @@ class DuetScheduler(AsyncScheduler):
         ``decode_sms`` are the decode lane's if it is in use. Returns the plan, and how
         many prefill tokens the step should have by it.
         """
-        budget = self.max_num_scheduled_tokens - len(decodes)
+        free_tokens = self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size
+        # What the KV cache has no room for will wait.
+        budget = min(self.max_num_scheduled_tokens - len(decodes), free_tokens)
         query_lens: list[int] = []
         context_lens: list[int] = []
+        waiting_tokens, can_split = 0.0, not (self._blockers or self.kv_holding_waiting)
         for request in chain(prompts, islice(self.waiting, MAX_WAITING_LOOKED_AT)):
             if budget <= 0:
                 break
-            tokens = min(budget, request.num_tokens - request.num_computed_tokens)
+            tokens = request.num_tokens - request.num_computed_tokens
             if tokens <= 0:
                 continue
-            query_lens.append(tokens)
+            waiting_tokens += tokens
+            query_lens.append(min(budget, tokens))
             context_lens.append(request.num_computed_tokens)
+            can_split &= _can_be_in_flight(request)
             budget -= tokens
         if not query_lens:
             return DuetPlan(Mode.AGGREGATED, reason="no room for prefill in this step"), 0
+        # Those that were not looked at are taken to be as long as the others.
+        waiting_tokens *= (len(prompts) + len(self.waiting)) / len(query_lens)
+        # Who has just joined is not in the step that is queued.
+        first, last = decodes[0].num_output_placeholders, decodes[-1].num_output_placeholders
+        self._load = self._step_times.load._replace(
+            backlog=min(waiting_tokens, free_tokens) / self.max_num_scheduled_tokens,
+            kv_usage=self.kv_cache_manager.usage,
+            waited_ms=self._lane_step_ms if first and not last else 0.0,
+        )
         plan = policy.decide(
             [request.num_computed_tokens for request in decodes],
             query_lens,
             context_lens,
-            can_split=not (self._blockers or self.kv_holding_waiting)
-            and len(decodes) <= self._most_decodes,
-            load=self._step_times.load,
+            can_split=can_split and len(decodes) <= self._most_decodes,
+            load=self._load,
             lane_in_use=decode_sms,
         )
+        self._step_times.forecast(plan.decode_ms)
         prefill_tokens = sum(query_lens)
         if plan.max_prefill_tokens is not None:
             prefill_tokens = min(prefill_tokens, plan.max_prefill_tokens)
@@ -396,7 +408,12 @@ class DuetScheduler(AsyncScheduler):
         held, self._held = self._held, []
         if joined.error is None:
             decoding = sum(r.request_id in prefill and not r.is_prefill_chunk for r in held)
-            self._step_times.prefill_ended(prefill.plan.prefill_ms, prefill.started_at, decoding)
+            correction = self._step_times.correction
+            factor = correction.factor(DECODE_LANE) if correction else 1.0
+            self._lane_step_ms = prefill.plan.tbt_ms * factor
+            self._step_times.prefill_ended(
+                prefill.plan.prefill_ms, joined.prefill_busy_ms, decoding
+            )
         for request in held:
             behind = any(request.request_id in other for other in self._in_flight)
             stays = behind or (self._in_flight and request.is_prefill_chunk)

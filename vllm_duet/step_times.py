@@ -17,11 +17,8 @@ from typing import Any, NamedTuple
 from vllm_duet.policy import DECODE_ONLY, IDLE, PREFILL_LANE, Load
 from vllm_duet.roofline import StepTimeCorrection
 
-RECENT_SECONDS = 0.3
-LASTING_SECONDS = 2.0
-"""Over which the two shares of policy.Load are averaged. Simulated: with 1 s instead of
-0.3 s, prompts wait longer when a burst begins."""
-
+SPARE_SECONDS = 2.0
+"""Over which Load.spare is averaged."""
 
 JOINED_TOKENS = 10_000
 """Over which Load.joined is averaged."""
@@ -31,11 +28,13 @@ class Step(NamedTuple):
     """Travels as the attribute ``duet_step`` of a SchedulerOutput.
 
     ``ms`` is the forecast for a step of this ``kind``, and 0 where there is none.
+    ``prompts_wait``: it leaves prompts waiting.
     """
 
     kind: str
     ms: float
     scheduled_at: float
+    prompts_wait: bool
 
 
 class StepTimes:
@@ -48,17 +47,23 @@ class StepTimes:
         returns seconds; the simulator has its own."""
         self.correction = correction
         self.clock = clock
-        self._recent, self._lasting, self._joined = IDLE
+        self._spare, self._joined = IDLE.spare, IDLE.joined
         self._last_end = 0.0
+        self._decode_only_ms = 0.0
 
     @property
     def load(self) -> Load:
-        """As exponential averages."""
-        return Load(self._recent, self._lasting, self._joined)
+        """What steps tell of it, as exponential averages."""
+        return Load(self._spare, self._joined)
 
-    def scheduled(self, scheduler_output: Any, kind: str, ms: float = 0.0) -> None:
-        """Remember with the step that it is of ``kind`` and should take ``ms``."""
-        scheduler_output.duet_step = Step(kind, ms, self.clock())
+    def scheduled(
+        self, scheduler_output: Any, kind: str, ms: float = 0.0, *, prompts_wait: bool = False
+    ) -> None:
+        """Remember with the step that it is of ``kind`` and should take ``ms``.
+
+        ``prompts_wait``: it leaves prompts waiting.
+        """
+        scheduler_output.duet_step = Step(kind, ms, self.clock(), prompts_wait)
 
     def ended(self, scheduler_output: Any) -> None:
         """Its output has arrived: learn from it, if it was :meth:`scheduled`."""
@@ -71,19 +76,28 @@ class StepTimes:
         seconds = now - max(step.scheduled_at, self._last_end)
         self._last_end = now
         if idle > 0:
-            self._lasting += (1 - exp(-idle / LASTING_SECONDS)) * (1 - self._lasting)
+            self._spare += (1 - exp(-idle / SPARE_SECONDS)) * (1 - self._spare)
         if seconds <= 0:
             return
         decode_only = step.kind == DECODE_ONLY
-        self._recent += (1 - exp(-seconds / RECENT_SECONDS)) * (decode_only - self._recent)
-        self._lasting += (1 - exp(-seconds / LASTING_SECONDS)) * (decode_only - self._lasting)
+        self._decode_only_ms = 1e3 * seconds if decode_only else 0.0
+        keeps_up = decode_only and not step.prompts_wait
+        self._spare += (1 - exp(-seconds / SPARE_SECONDS)) * (keeps_up - self._spare)
         if self.correction is not None and step.ms > 0:
             self.correction.observe(step.ms, 1e3 * seconds, step.kind)
 
-    def prefill_ended(self, forecast_ms: float, started_at: float, num_decoding: int) -> None:
+    def forecast(self, decode_ms: float) -> None:
+        """What the decodes of now were forecast to take alone on all SMs.
+
+        If that is what they did in the step that ended last, it is compared.
+        """
+        if self.correction is not None and self._decode_only_ms > 0:
+            self.correction.observe(decode_ms, self._decode_only_ms, DECODE_ONLY)
+        self._decode_only_ms = 0.0
+
+    def prefill_ended(self, forecast_ms: float, busy_ms: float, num_decoding: int) -> None:
         """A prefill in flight has joined, of which ``num_decoding`` requests go on to
-        decode; it was done at most one step ago."""
+        decode; its lane was busy with it for ``busy_ms``."""
         self._joined += num_decoding / JOINED_TOKENS
-        if self.correction is not None and forecast_ms > 0:
-            measured_ms = 1e3 * (self.clock() - started_at)
-            self.correction.observe(forecast_ms, measured_ms, PREFILL_LANE)
+        if self.correction is not None:
+            self.correction.observe(forecast_ms, busy_ms, PREFILL_LANE)

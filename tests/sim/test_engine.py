@@ -344,8 +344,10 @@ def test_what_is_left_of_a_split_is_split(monkeypatch: pytest.MonkeyPatch) -> No
     """Of two prompts to be split the KV cache takes one, which a policy would rather cut. For that
     it is too late, and whole it could break the bound."""
 
-    def decide(self: Any, decodes: Any, queries: list[int], contexts: Any, **_: Any) -> DuetPlan:
-        if len(queries) > 1:
+    def decide(
+        self: Any, decodes: Any, queries: list[int], contexts: Any, can_cap: bool = True, **_: Any
+    ) -> DuetPlan:
+        if len(queries) > 1 or not can_cap:
             return DuetPlan(Mode.SPLIT, "", 48, 84, prefill_ms=80.0, tbt_ms=10.0)
         return DuetPlan(Mode.CAPPED, "", max_prefill_tokens=256, tbt_ms=12.0)
 

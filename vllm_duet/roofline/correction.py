@@ -88,11 +88,11 @@ class StepTimeCorrection:
         state.bias += weight * residual
         state.scale += weight * (abs(residual) - state.scale)
 
-    def factor(self, kind: str) -> float:
-        """Measured over predicted, typically; 1.0 until ``min_samples`` steps."""
+    def factor(self, kind: str, default: float = 1.0) -> float:
+        """Measured over predicted, typically; ``default`` until ``min_samples`` steps."""
         state = self._kinds.get(kind)
         if state is None or state.count < self._min_samples:
-            return 1.0
+            return default
         return exp(state.bias)
 
     def factors(self) -> dict[str, float]:

@@ -248,7 +248,11 @@ class SimulatedEngine:
         ran = self.gpu.run(output, self.clock.ms + self._costs.launch_ms, join_after)
         if ran.joined is not None:
             launch_id = ran.joined.launch_id
-            result.duet = JoinedPrefill(launch_id, self._prefill_results.pop(launch_id))
+            result.duet = JoinedPrefill(
+                launch_id,
+                self._prefill_results.pop(launch_id),
+                prefill_busy_ms=ran.prefill_busy_ms,
+            )
         # The engine's thread launches an eager prefill kernel by kernel.
         self.clock.ms += ran.launch_cpu_ms
         return result, ran

@@ -189,10 +189,12 @@ class _InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A step that was given to the GPU: when it ends, and which prefill it brings back."""
+    """A step that was given to the GPU: when it ends, and which prefill it brings back, with
+    how long that was computed."""
 
     end_ms: float
     joined: PrefillLaunch | None = None
+    prefill_busy_ms: float = 0.0
     launch_cpu_ms: float = 0.0
 
 
@@ -325,4 +327,5 @@ class SimulatedGpu:
             return Ran(end)
         self._prefills.popleft()
         self._free_at = max(self._free_at, end)
-        return Ran(end, joined=prefill.launch)
+        interval = prefill.interval
+        return Ran(end, prefill.launch, interval.end_ms - interval.start_ms)

@@ -93,7 +93,10 @@ class NoContention(Roofline):
     def plan_ms(
         self, decode: BatchSummary, prefill: BatchSummary, decode_sms: IntArray
     ) -> tuple[float, float, float, list[float], list[float]]:
-        whole = super().plan_ms(decode, prefill, decode_sms)[:3]
+        forecast = super().plan_ms(decode, prefill, decode_sms)
+        if not decode_sms.size:
+            return forecast
+        whole = forecast[:3]
         prefill_sms = self.profile.num_sms - decode_sms
         lanes = self.step_ms(decode, decode_sms), self.step_ms(prefill, prefill_sms)
         return *whole, np.asarray(lanes[0]).tolist(), np.asarray(lanes[1]).tolist()
@@ -120,6 +123,7 @@ class PaperPolicy:
         prefill_context_lens: Sequence[int],
         *,
         can_split: bool,
+        can_cap: bool = True,
         load: Load = IDLE,
         lane_in_use: int | None = None,
     ) -> DuetPlan:
