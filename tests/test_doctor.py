@@ -102,11 +102,17 @@ def test_the_doctor_asks_for_the_driver_that_the_lanes_need() -> None:
         (replace(H100.gpus[0], num_sms=114), "Profile h100-sxm is of 132 SMs; this GPU has 114."),
     ],
 )
-def test_without_a_profile_every_step_is_aggregated(gpu: Gpu, said: str):
+def test_without_a_profile_no_step_is_split(gpu: Gpu, said: str):
+    """Caps are forecast by steps that the start measures."""
     obstacles = Diagnosis.of(replace(H100, gpus=(gpu,))).obstacles
     assert said in obstacles[Mode.SPLIT][0]
-    assert obstacles[Mode.CAPPED] == obstacles[Mode.SPLIT]
-    assert not obstacles[Mode.AGGREGATED]
+    assert not obstacles[Mode.CAPPED] and not obstacles[Mode.AGGREGATED]
+
+
+def test_a_wrong_profile_is_an_obstacle_to_caps_too():
+    obstacles = Diagnosis.of(H100, gpu_profile="h101").obstacles
+    (said,) = obstacles[Mode.CAPPED]
+    assert said.startswith("The GPU profile cannot be used: no GPU profile 'h101'")
 
 
 def test_an_unknown_architecture_cannot_be_forecast(tmp_path: Path):

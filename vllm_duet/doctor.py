@@ -82,6 +82,9 @@ class Machine:
         }
 
 
+WRONG_PROFILE = "The GPU profile cannot be used"
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """The modes that ``machine`` can run, for a model's shape if one was given.
@@ -138,11 +141,14 @@ class Diagnosis:
                 f" vLLM takes {GPU_MEMORY_UTILIZATION:.0%} of the GPU's"
                 f" {machine.gpus[0].memory_bytes / 1e9:.1f} GB."
             )
-        forecast = [p for p in (self.profile_problem, self.shape_problem) if p]
+        profile, shape = ([p] if p else [] for p in (self.profile_problem, self.shape_problem))
+        # Steps are measured at start, so that a cap needs no profile; but a wrong one is an error.
+        wrong = [problem for problem in profile if problem.startswith(WRONG_PROFILE)]
+        lanes = [*self.model_obstacles, *_lane_obstacles(machine)]
         return {
             Mode.AGGREGATED: engine,
-            Mode.CAPPED: engine + forecast,
-            Mode.SPLIT: engine + forecast + [*self.model_obstacles, *_lane_obstacles(machine)],
+            Mode.CAPPED: engine + wrong + shape,
+            Mode.SPLIT: engine + profile + shape + lanes,
         }
 
     @property
@@ -184,10 +190,10 @@ def _profile(machine: Machine, name: str | None) -> tuple[GpuProfile | None, str
         if name is not None:
             return GpuProfile.load(name), None
         if not machine.gpus:
-            return None, "No GPU to forecast for: there is no profile to take its speed from."
+            return None, "No GPU: there is no profile to say how its SMs share the work."
         profile = GpuProfile.detect(machine.gpus[0].name)
     except ProfileError as error:
-        return None, f"The GPU profile cannot be used: {error}."
+        return None, f"{WRONG_PROFILE}: {error}."
     if profile is None:
         return None, (
             f"No profile is shipped for {machine.gpus[0].name!r}: name one with the option"
