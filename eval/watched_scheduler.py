@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_duet import DuetScheduler
-from vllm_duet.policy import ForecastPolicy
 from vllm_duet.roofline import Batch
-from vllm_duet.support import reported_anchors
+from vllm_duet.support import reported_roofline
 
 
 class WatchedScheduler(DuetScheduler):
@@ -23,9 +22,9 @@ class WatchedScheduler(DuetScheduler):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        assert reported_anchors(vllm_config), "no steps were measured at start"
-        assert isinstance(self._policy, ForecastPolicy)
-        self._forecasts = self._policy._roofline
+        roofline = reported_roofline(vllm_config)
+        assert roofline is not None, "no steps were measured at start"
+        self._forecasts = roofline
         self._file = Path(os.environ["FORECASTS"]).open("a", buffering=1)  # noqa: SIM115
         self._started_at = 0.0
 

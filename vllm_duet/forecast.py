@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_duet.config import DuetConfig
-from vllm_duet.roofline import NO_ANCHORS, AnchorFactors, GpuProfile, ModelShape, Roofline
+from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
 
 FORCED_MODE_PROFILE = "h100-sxm"
 """The GPU whose SM groups a forced mode names, where none is known."""
@@ -87,37 +87,36 @@ def lane_profile(config: DuetConfig, device_name: str) -> GpuProfile:
     return profile_for(config, device_name) or GpuProfile.load(FORCED_MODE_PROFILE)
 
 
-def roofline_for(
-    vllm_config: Any,
-    config: DuetConfig,
-    device_name: str,
-    anchors: AnchorFactors | None = None,
-) -> Roofline:
-    """The roofline to forecast steps with.
+def roofline_for(vllm_config: Any, config: DuetConfig, device_name: str) -> Roofline:
+    """The roofline to forecast steps with, where none were measured at start.
 
     ``device_name`` is the GPU's name as its driver reports it; a profile named
-    in ``config`` goes before it. With ``anchors``, measured on this very device, none is needed.
+    in ``config`` goes before it.
 
     Raises:
         NoForecastError: no profile for this GPU, or an architecture whose shape
             is not known. A wrong shape is never guessed.
         ValueError: the profile named in ``config`` does not exist or is wrong.
     """
-    profile = profile_for(config, device_name)
-    if profile is None and anchors is not None:
-        profile = unknown_device(vllm_config.device_config.device_type)
-    if profile is None:
+    if (profile := profile_for(config, device_name)) is None:
         raise NoForecastError(
             f"there is no GPU profile for {device_name!r}; name one with the option gpu_profile, "
             f"out of {', '.join(GpuProfile.names())}, or give the path of your own"
         )
-    model = vllm_config.model_config
+    return Roofline(model_shape(vllm_config), profile)
+
+
+def model_shape(vllm_config: Any) -> ModelShape:
+    """The shape of the model, by its architecture.
+
+    Raises:
+        NoForecastError: the shape of such an architecture is not known.
+    """
     try:
-        shape = ModelShape.from_hf_config(
-            model.hf_config.to_dict(),
+        return ModelShape.from_hf_config(
+            vllm_config.model_config.hf_config.to_dict(),
             kv_dtype=vllm_config.cache_config.cache_dtype,
             tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
         )
     except ValueError as error:
         raise NoForecastError(str(error)) from error
-    return Roofline(shape, profile, anchors=anchors or NO_ANCHORS)

@@ -66,7 +66,7 @@ from vllm_duet.policy import (
 )
 from vllm_duet.roofline import StepTimeCorrection
 from vllm_duet.step_times import StepTimes
-from vllm_duet.support import deciding_blockers, reported_anchors, reported_lanes, split_blockers
+from vllm_duet.support import deciding_blockers, reported_lanes, reported_roofline, split_blockers
 from vllm_duet.version import __version__
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
@@ -567,11 +567,8 @@ def make_policy(
             max_prefill_tokens=FORCED_CAP,
         )
     try:
-        roofline = roofline_for(
-            vllm_config,
-            config,
-            current_platform.get_device_name(),
-            reported_anchors(vllm_config),
+        roofline = reported_roofline(vllm_config) or roofline_for(
+            vllm_config, config, current_platform.get_device_name()
         )
     except NoForecastError as reason:
         logger.warning("vllm-duet leaves every step to vLLM: %s.", reason)

@@ -40,9 +40,9 @@ from vllm_duet.anchors import (
     within,
 )
 from vllm_duet.config import DuetConfig
-from vllm_duet.forecast import NoForecastError, roofline_for
-from vllm_duet.roofline import NO_ANCHORS, Roofline
-from vllm_duet.support import measuring_blockers, report_anchors
+from vllm_duet.forecast import NoForecastError, model_shape, profile_for, unknown_device
+from vllm_duet.roofline import ModelShape, Roofline
+from vllm_duet.support import measuring_blockers, report_roofline
 from vllm_duet.version import __version__
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
@@ -70,12 +70,8 @@ def measure_at_start(executor: Any) -> None:
     config = DuetConfig.load(vllm_config.additional_config)
     if config.measure_at_start == "never" or measuring_blockers(vllm_config):
         return
-    device_name = current_platform.get_device_name()
     try:
-        roofline = roofline_for(vllm_config, config, device_name, NO_ANCHORS)
-    except NoForecastError:
-        return  # the scheduler says so
-    try:
+        roofline = _unanchored(executor, config)
         file = _file(vllm_config, roofline)
         anchors = _read(file) if config.measure_at_start == "auto" else None
         if anchors is None:
@@ -83,13 +79,24 @@ def measure_at_start(executor: Any) -> None:
             _write(file, anchors)
         else:
             logger.info("vllm-duet forecasts by the step times in %s.", file)
-        report_anchors(vllm_config, fit(roofline, anchors))
+        report_roofline(vllm_config, roofline.anchored(fit(roofline, anchors)))
     except Exception as error:
         logger.warning(
             "vllm-duet could not measure steps at start, and forecasts without: %s: %s",
             type(error).__name__,
             str(error).partition("\n")[0],  # CUDA's go on about how to find out more
         )
+
+
+def _unanchored(executor: Any, config: DuetConfig) -> Roofline:
+    """What measured steps are set against: only its ratios count."""
+    vllm_config = executor.vllm_config
+    try:
+        shape = model_shape(vllm_config)
+    except NoForecastError:
+        shape = executor.collective_rpc(_loaded_shape)[0]
+    profile = profile_for(config, current_platform.get_device_name())
+    return Roofline(shape, profile or unknown_device(vllm_config.device_config.device_type))
 
 
 def _measured(executor: Any, roofline: Roofline) -> list[Anchor]:
@@ -279,6 +286,12 @@ def _kv_cache(worker: Any) -> tuple[int, list[int]]:
     if not all(isinstance(spec, AttentionSpec) for spec in specs):
         return config.num_blocks, []
     return config.num_blocks, [spec.block_size for spec in specs]
+
+
+def _loaded_shape(worker: Any) -> ModelShape:
+    from vllm_duet.worker.loaded_shape import loaded_shape
+
+    return loaded_shape(worker.get_model(), worker.vllm_config)
 
 
 def _forget_half_a_step(worker: Any) -> None:

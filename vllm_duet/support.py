@@ -6,7 +6,8 @@ for ``vllm-duet doctor``, which prints it. The checks work on any object with th
 fields of ``vllm.config.VllmConfig``; this file imports neither vLLM nor torch.
 
 What only the worker can find out, such as what the driver allows, it leaves here as a
-LanesReport, where the scheduler of the same process, which is made later, finds it.
+LanesReport, where the scheduler of the same process, which is made later, finds it; and so does
+start.py with the roofline that fits the steps it has measured.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import numpy as np
 
 from vllm_duet.config import DuetConfig
 from vllm_duet.forecast import NoForecastError, roofline_for
-from vllm_duet.roofline import AnchorFactors
+from vllm_duet.roofline import Roofline
 
 MAX_GRAPHS = 24
 """CUDA graphs of a decode lane, each of another batch size. vLLM has about 50; a decode step
 takes its time to read weights and KV cache, and rows of padding have neither."""
 
-_anchors: dict[str, AnchorFactors] = {}
+_rooflines: dict[str, Roofline] = {}
 _reports: dict[str, LanesReport] = {}
 """By the ``instance_id`` of a VllmConfig. Not on the VllmConfig itself: vLLM copies it, and raises
 where it has an attribute that is no field."""
@@ -343,11 +344,12 @@ def reported_lanes(vllm_config: Any) -> LanesReport:
     return _reports.get(vllm_config.instance_id, nothing)
 
 
-def report_anchors(vllm_config: Any, factors: AnchorFactors) -> None:
-    """Leave what was measured at start for the scheduler of the same process."""
-    _anchors[vllm_config.instance_id] = factors
+def report_roofline(vllm_config: Any, roofline: Roofline) -> None:
+    """Leave the roofline that fits what was measured at start for the scheduler of the same
+    process."""
+    _rooflines[vllm_config.instance_id] = roofline
 
 
-def reported_anchors(vllm_config: Any) -> AnchorFactors | None:
-    """What the worker has measured; ``None`` where it has not."""
-    return _anchors.get(vllm_config.instance_id)
+def reported_roofline(vllm_config: Any) -> Roofline | None:
+    """That roofline, where steps were measured."""
+    return _rooflines.get(vllm_config.instance_id)

@@ -9,15 +9,20 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import transformers
 from engine.harness import ROOMY, Arrival, Engine, make_llm
 from engine.workloads import tokens
+from tiny_model import SHAPE
 from vllm import SamplingParams, envs
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_duet import start
+from vllm_duet.forecast import NoForecastError, model_shape
+from vllm_duet.policy import ForecastPolicy
 from vllm_duet.roofline import NO_ANCHORS
 from vllm_duet.start import MeasuredSteps
-from vllm_duet.support import reported_anchors
+from vllm_duet.support import reported_roofline
+from vllm_duet.worker.loaded_shape import loaded_shape
 
 BUDGET_S = 4.0
 """Triton's interpreter is slow."""
@@ -35,12 +40,12 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def started(tiny_model, vllm_log):
     """Starts an engine; returns it and what vllm-duet has said."""
 
-    def begin(measure: str) -> tuple[Engine, list[str]]:
+    def begin(measure: str, model: Path = tiny_model) -> tuple[Engine, list[str]]:
         vllm_log.clear()
         options = {"duet": {"measure_at_start": measure, "tbt_slo_ms": 5.0}}
         engine = Engine(
             make_llm(
-                tiny_model,
+                model,
                 "vllm_duet.DuetScheduler",
                 **ROOMY | {"additional_config": options},
             )
@@ -64,14 +69,14 @@ def answered(engine: Engine) -> dict[str, list[int]]:
 
 def test_nothing_shows_but_the_forecast(started) -> None:
     plain, _ = started("never")
-    assert reported_anchors(plain.vllm_config) is None
+    assert reported_roofline(plain.vllm_config) is None
     assert plain.core.scheduler._policy is None  # there is no profile of a CPU
     expected = answered(plain)
 
     engine, _ = started("always")
-    measured = reported_anchors(engine.vllm_config)
-    assert measured not in (None, NO_ANCHORS) and all(f > 0 for _, f in measured.steps)
-    assert engine.core.scheduler._policy._roofline.anchors == measured
+    measured = reported_roofline(engine.vllm_config)
+    assert measured.anchors != NO_ANCHORS and all(f > 0 for _, f in measured.anchors.steps)
+    assert engine.core.scheduler._policy._roofline is measured
     # Rows are free again, and who samples without a seed of its own gets the tokens it
     # would have had.
     assert len(engine.runner.req_states.free_indices) == engine.runner.max_num_reqs
@@ -83,7 +88,8 @@ def test_the_next_start_takes_the_times_of_the_last(started) -> None:
     first, _ = started("auto")
     with patch.object(MeasuredSteps, "measure", side_effect=AssertionError("measured again")):
         second, said = started("auto")
-    assert reported_anchors(second.vllm_config) == reported_anchors(first.vllm_config)
+    times = [reported_roofline(engine.vllm_config).anchors for engine in (first, second)]
+    assert times[0] == times[1]
     assert any("forecasts by the step times in" in line for line in said)
 
 
@@ -93,7 +99,7 @@ def test_a_broken_file_is_measured_anew(started, tmp_path: Path) -> None:
     file.write_text('[{"shape": {"decodes": 1}}]')
     engine, said = started("auto")
     assert any("and measures anew" in line for line in said)
-    assert reported_anchors(engine.vllm_config) is not None
+    assert reported_roofline(engine.vllm_config) is not None
     assert file.read_text().count("decodes") > 1
 
 
@@ -112,5 +118,35 @@ def test_a_step_that_fails_ends_no_start(started) -> None:
         "vllm-duet could not measure steps at start, and forecasts without: RuntimeError: no such"
         " kernel."
     )
-    assert reported_anchors(engine.vllm_config) is None
+    assert reported_roofline(engine.vllm_config) is None
     answered(engine)
+
+
+@pytest.mark.parametrize("architecture", ["Granite", "Olmoe"])
+def test_a_model_whose_shape_is_not_known(started, tmp_path: Path, architecture: str) -> None:
+    """It is read off the loaded model; so its prompts are capped, too."""
+    folder = tmp_path / "model"
+    config = getattr(transformers, f"{architecture}Config")(
+        **SHAPE | {"num_attention_heads": 2, "num_experts": 8, "num_experts_per_tok": 2}
+    )
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    model.float().save_pretrained(folder)
+    engine, said = started("always", folder)
+    with pytest.raises(NoForecastError, match=architecture):
+        model_shape(engine.vllm_config)
+
+    assert reported_roofline(engine.vllm_config), said
+    shape = reported_roofline(engine.vllm_config).shape
+    parameters = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
+    router = 8 * config.hidden_size * config.num_hidden_layers if architecture == "Olmoe" else 0
+    assert shape.num_parameters == pytest.approx(parameters - router, rel=0.02)
+    assert isinstance(engine.core.scheduler._policy, ForecastPolicy)
+    answered(engine)
+
+
+def test_the_shape_of_the_loaded_model_is_that_of_its_config(started) -> None:
+    engine, _ = started("never")
+    loaded = loaded_shape(engine.runner.model, engine.vllm_config)
+    known = model_shape(engine.vllm_config)
+    assert loaded.num_active_parameters == known.num_active_parameters
+    assert loaded.kv_bytes_per_token == known.kv_bytes_per_token

@@ -12,7 +12,7 @@ from gpu.process import on_fake_gpu
 from vllm.platforms import current_platform
 
 from vllm_duet.start import MeasuredSteps
-from vllm_duet.support import reported_anchors
+from vllm_duet.support import reported_roofline
 
 MEASURE = {"mode": "auto", "measure_at_start": "always"}
 KERNEL_US = 20
@@ -20,7 +20,7 @@ KERNEL_US = 20
 
 def assert_measured(engine) -> None:
     assert "vllm-duet measured " in engine.log
-    assert engine.core.scheduler._policy._roofline.anchors == reported_anchors(engine.vllm_config)
+    assert engine.core.scheduler._policy._roofline is reported_roofline(engine.vllm_config)
     assert len(engine.runner.req_states.free_indices) == engine.runner.max_num_reqs
     engine.serve(clients(0))
 
@@ -56,6 +56,6 @@ def test_a_launch_that_fails_ends_no_start(tmp_path):
     ):
         (said,) = (line for line in engine.said if "could not measure steps at start" in line)
         assert "CUDA" in said and "\n" not in said
-        assert reported_anchors(engine.vllm_config) is None
+        assert reported_roofline(engine.vllm_config) is None
         assert engine.runner.lanes is not None
         engine.serve(clients(0))
