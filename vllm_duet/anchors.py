@@ -18,8 +18,14 @@ from vllm_duet.roofline import NO_ANCHORS, AnchorFactors, Batch, Roofline
 SHORT_CONTEXT = 16
 """Tokens of context of a decode whose attention costs next to nothing."""
 
+LONG_CONTEXTS = 16384, 4096, 1024, 256
+"""Of which the longest that fits tells of attention."""
+
 LEAST_PREFILL = 32
 """Tokens of the shortest chunk that is measured."""
+
+DECODE_ROOM = 16
+"""Tokens that each decode makes while it is measured, at most."""
 
 ATTENTION_LIMITS = 0.05, 20.0
 """Within which attention's factor has to be: it is a small difference of two measured times
@@ -68,17 +74,13 @@ class StepLimits:
 
     def allow(self, shape: StepShape) -> bool:
         prefill_context = shape.prefill_context + shape.prefill
-        held = shape.decodes * (shape.decode_context + _DECODE_ROOM) + prefill_context
+        held = shape.decodes * (shape.decode_context + DECODE_ROOM) + prefill_context
         return (
             shape.decodes + (shape.prefill > 0) <= self.max_seqs
             and shape.num_tokens <= self.max_tokens
-            and max(shape.decode_context + _DECODE_ROOM, prefill_context) < self.max_context
+            and max(shape.decode_context + DECODE_ROOM, prefill_context) < self.max_context
             and held <= self.cache_tokens
         )
-
-
-_DECODE_ROOM = 16
-"""Tokens that each decode makes while it is measured, at most."""
 
 
 def shapes_to_measure(limits: StepLimits) -> list[StepShape]:
@@ -88,24 +90,17 @@ def shapes_to_measure(limits: StepLimits) -> list[StepShape]:
     both after long contexts, which tell of attention.
     """
     longest = min(limits.max_tokens, limits.max_context - 1)
-    contexts = [c for c in (16384, 4096, 1024, 256) if c < limits.max_context]
     decodes = [
         StepShape(decodes=n, decode_context=SHORT_CONTEXT) for n in _powers(1, limits.max_seqs, 2)
     ]
     prefills = [StepShape(prefill=n) for n in _powers(LEAST_PREFILL, longest, 4)]
     allowed = [shape for shape in decodes + prefills if limits.allow(shape)]
-    for like in (*reversed(decodes), *reversed(prefills)):
-        if like not in allowed:
+    for short in tuple(allowed):
+        if short.num_tokens < min(8, limits.max_seqs):
             continue
-        for context in contexts:
-            long = (
-                like._replace(decode_context=context)
-                if like.decodes
-                else like._replace(prefill_context=context)
-            )
-            if limits.allow(long) and long.num_tokens >= min(8, limits.max_seqs):
-                allowed.append(long)
-                break
+        field = "decode_context" if short.decodes else "prefill_context"
+        longer = (short._replace(**{field: context}) for context in LONG_CONTEXTS)
+        allowed += [shape for shape in longer if limits.allow(shape)][:1]
     return sorted(allowed, key=lambda shape: (shape.num_tokens, sum(shape)))
 
 
@@ -178,7 +173,7 @@ def _attention_factor(
     none = roofline.anchored(NO_ANCHORS._replace(decode_attention=0.0, prefill_attention=0.0))
     for anchor in anchors:
         long, base = anchor.shape, short.get(anchor.shape.num_tokens)
-        if base is None or _is_short(long) or not _differ_in_context(base.shape, long):
+        if base is None or _is_short(long) or base.shape.decodes != long.decodes:
             continue
         rest_ms, ratio = _ms(none, base.shape), anchor.ms / base.ms
         short_ms = _ms(roofline, base.shape) - rest_ms
@@ -194,10 +189,6 @@ def _ms(roofline: Roofline, shape: StepShape) -> float:
     return float(roofline.step_ms(summary, roofline.profile.num_sms))
 
 
-def _differ_in_context(one: StepShape, other: StepShape) -> bool:
-    return (one.decodes, one.prefill) == (other.decodes, other.prefill)
-
-
 def _is_short(shape: StepShape) -> bool:
     return shape.decode_context <= SHORT_CONTEXT and shape.prefill_context == 0
 
@@ -209,7 +200,7 @@ def within(
     measure: Callable[[StepShape], Anchor],
     clock: Callable[[], float],
 ) -> Iterator[Anchor]:
-    """Measure ``shapes`` in order, and stop before one that would end after ``budget_s``.
+    """Measure ``shapes`` in order, but leave out those that would end after ``budget_s``.
 
     How long one takes the roofline's ratio to the last one tells.
     """

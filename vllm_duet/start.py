@@ -30,6 +30,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.version import __version__ as vllm_version
 
 from vllm_duet.anchors import (
+    DECODE_ROOM,
     Anchor,
     StepLimits,
     StepShape,
@@ -42,7 +43,7 @@ from vllm_duet.anchors import (
 from vllm_duet.config import DuetConfig
 from vllm_duet.forecast import NoForecastError, model_shape, profile_for, unknown_device
 from vllm_duet.roofline import ModelShape, Roofline
-from vllm_duet.support import measuring_blockers, report_roofline
+from vllm_duet.support import can_measure, report_roofline
 from vllm_duet.version import __version__
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
@@ -51,13 +52,10 @@ BUDGET_S = 15.0
 """For all steps that are measured. A step that would end later is left out."""
 
 STEPS = 6
-"""Of each shape."""
+"""Of each shape; fewer than DECODE_ROOM."""
 
 LONG_STEP_S = 0.5
 """A step that takes longer is not run again."""
-
-DECODE_ROOM = STEPS + 2
-"""Tokens that a request of decodes has room for in its blocks."""
 
 
 def measure_at_start(executor: Any) -> None:
@@ -68,7 +66,7 @@ def measure_at_start(executor: Any) -> None:
     """
     vllm_config = executor.vllm_config
     config = DuetConfig.load(vllm_config.additional_config)
-    if config.measure_at_start == "never" or measuring_blockers(vllm_config):
+    if config.measure_at_start == "never" or not can_measure(vllm_config):
         return
     try:
         roofline = _unanchored(executor, config)

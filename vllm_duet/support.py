@@ -41,6 +41,7 @@ class Limit:
     release of vllm-duet. ``applies`` takes a VllmConfig and a KVCacheConfig or None.
     ``caps_too``: not even CAPPED then, since a cut token budget would never let some
     prompts start, or the forecast would be of another batch than the one that runs.
+    ``unmeasured``: steps that the start makes by hand would lack what real ones have.
     """
 
     feature: str
@@ -48,6 +49,7 @@ class Limit:
     sentence: str
     applies: Callable[[Any, Any], bool]
     caps_too: bool = False
+    unmeasured: bool = False
 
 
 LIMITS = (
@@ -123,18 +125,21 @@ LIMITS = (
         "options",
         "SPLIT serves the base model alone: no --enable-lora.",
         lambda vllm, kv: vllm.lora_config is not None,
+        unmeasured=True,
     ),
     Limit(
         "a KV connector",
         "options",
         "SPLIT keeps the KV cache on the GPU: no --kv-transfer-config.",
         lambda vllm, kv: vllm.kv_transfer_config is not None,
+        unmeasured=True,
     ),
     Limit(
         "an encoder cache connector",
         "options",
         "SPLIT serves text: no --ec-transfer-config.",
         lambda vllm, kv: vllm.ec_transfer_config is not None,
+        unmeasured=True,
     ),
     Limit(
         "auxiliary outputs",
@@ -302,21 +307,12 @@ def deciding_blockers(vllm_config: Any) -> list[str]:
     ]
 
 
-def measuring_blockers(vllm_config: Any) -> list[str]:
-    """Why no steps are measured when this engine starts, a short clause each.
-
-    Beside what leaves every step to vLLM: steps made by hand have no adapters and no connector's
-    metadata.
-    """
-    blockers = deciding_blockers(vllm_config)
-    mode = DuetConfig.load(vllm_config.additional_config).mode
-    if mode != "auto":
-        blockers.append(f"mode {mode} needs no forecast")
-    if vllm_config.kv_transfer_config is not None or vllm_config.ec_transfer_config is not None:
-        blockers.append("there is a connector")
-    if vllm_config.lora_config is not None:
-        blockers.append("LoRA")
-    return blockers
+def can_measure(vllm_config: Any) -> bool:
+    """Whether steps are measured when this engine starts, for its forecasts."""
+    if DuetConfig.load(vllm_config.additional_config).mode != "auto":
+        return False  # which needs none
+    limits = (limit for limit in LIMITS if limit.caps_too or limit.unmeasured)
+    return not any(limit.applies(vllm_config, None) for limit in limits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,24 +113,35 @@ def place_among_lengths(length: float) -> tuple[int, float]:
 
 
 @njit
+def _place(features: FloatArray, row: int, places: IntArray, shares: FloatArray) -> None:
+    """``place_among_units`` of a feature in all steps."""
+    for n in range(features.shape[1]):
+        if n > 0 and features[row, n] == features[row, n - 1]:
+            places[row, n], shares[row, n] = places[row, n - 1], shares[row, n - 1]
+        else:
+            places[row, n], shares[row, n] = place_among_units(features[row, n])
+
+
+@njit
 def measured_factors(lookups: IntArray, factors: FloatArray, features: FloatArray) -> FloatArray:
     """[K + 1, N]: what the formula's time of each operator, and last of what is between them, is
     to be multiplied by."""
     operators, steps = lookups.shape[0], features.shape[1]
-    found = np.ones((operators + 1, steps))
+    found = np.empty((operators + 1, steps))
     places, shares = np.empty(features.shape, np.int64), np.empty(features.shape)
     placed = np.zeros(features.shape[0], np.bool_)
+    _place(features, _TOKENS, places, shares)
+    placed[_TOKENS] = True
+    for n in range(steps):
+        i = places[_TOKENS, n]
+        found[:, n] = factors[i] + shares[_TOKENS, n] * (factors[i + 1] - factors[i])
     for k in range(operators):
         units, amount, start = lookups[k]
         if units < 0:
             continue
         if not placed[units]:
             placed[units] = True
-            for n in range(steps):
-                if n > 0 and features[units, n] == features[units, n - 1]:
-                    places[units, n], shares[units, n] = places[units, n - 1], shares[units, n - 1]
-                else:
-                    places[units, n], shares[units, n] = place_among_units(features[units, n])
+            _place(features, units, places, shares)
         for n in range(steps):
             i, share = places[units, n], shares[units, n]
             if amount < 0:
@@ -141,10 +152,7 @@ def measured_factors(lookups: IntArray, factors: FloatArray, features: FloatArra
                 low = factors[at] + part * (factors[at + 1] - factors[at])
                 at += OCTAVES
                 high = factors[at] + part * (factors[at + 1] - factors[at])
-            found[k, n] = low + share * (high - low)
-    for n in range(steps):
-        i, share = place_among_units(features[_TOKENS, n])
-        found[:, n] *= factors[i] + share * (factors[i + 1] - factors[i])
+            found[k, n] *= low + share * (high - low)
     return found
 
 
