@@ -44,7 +44,7 @@ H100 = Machine(
 
 @pytest.fixture(autouse=True)
 def _lanes_are_switched_on(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("VLLM_DUET_CUDA_LANES", "1")
+    monkeypatch.setenv("VLLM_DUET_CUDA_LANES", "true")
 
 
 @pytest.fixture
@@ -121,10 +121,22 @@ def test_an_unknown_architecture_cannot_be_forecast(tmp_path: Path):
     assert "MambaForCausalLM" in obstacle
 
 
-def test_what_a_release_lacks_is_said(monkeypatch: pytest.MonkeyPatch, llama: Path):
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"CUDA_LANES": "false"}, "The CUDA lanes are switched off: "),
+        ({"MEASURE_AT_START": "never"}, "The CUDA lanes are not proved at start: "),
+        ({"MEASURE_AT_START": "auto"}, None),
+    ],
+)
+def test_what_keeps_the_lanes_out_is_said(
+    monkeypatch: pytest.MonkeyPatch, llama: Path, variables: dict[str, str], said: str | None
+):
     monkeypatch.delenv("VLLM_DUET_CUDA_LANES")
-    [obstacle] = Diagnosis.of(H100, llama).obstacles[Mode.SPLIT]
-    assert obstacle.startswith("The CUDA lanes are not switched on: ")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"VLLM_DUET_{name}", value)
+    obstacles = Diagnosis.of(H100, llama).obstacles[Mode.SPLIT]
+    assert [obstacle.partition(": ")[0] + ": " for obstacle in obstacles] == [said] * bool(said)
 
 
 def test_an_unsupported_vllm_stops_every_mode():

@@ -80,8 +80,12 @@ def caches_states(config: Any) -> None:
     config.cache_config.mamba_cache_mode = "align"
 
 
-def is_not_switched_on(config: Any) -> None:
-    config.additional_config = {}
+def is_switched_off(config: Any) -> None:
+    config.additional_config = {"duet": {"cuda_lanes": False}}
+
+
+def proves_nothing(config: Any) -> None:
+    config.additional_config = {"duet": {"measure_at_start": "never"}}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,8 @@ def is_not_switched_on(config: Any) -> None:
         (has_a_worker_of_its_own, "a worker in a process of its own"),
         (decodes_in_pieces, "no full CUDA graphs of decode steps"),
         (caches_states, "a prefix cache of state-space layers"),
-        (is_not_switched_on, "the CUDA lanes are not switched on"),
+        (is_switched_off, "the CUDA lanes are switched off"),
+        (proves_nothing, "the CUDA lanes are not proved at start"),
     ],
 )
 def test_one_thing_keeps_steps_whole(on_a_gpu, change: Callable[[Any], None], said: str) -> None:
@@ -100,6 +105,14 @@ def test_one_thing_keeps_steps_whole(on_a_gpu, change: Callable[[Any], None], sa
     assert split_blockers(config, H100) == [said]
     caps_too = change is caches_states
     assert deciding_blockers(config) == ([said] if caps_too else [])
+
+
+def test_lanes_are_proved_by_default_unless_a_mode_is_forced(on_a_gpu) -> None:
+    config = on_a_gpu()
+    config.additional_config = {"duet": {"measure_at_start": "auto"}}
+    assert split_blockers(config, H100) == []
+    config.additional_config["duet"]["mode"] = "split"
+    assert split_blockers(config, H100) == ["the CUDA lanes are not proved at start"]
 
 
 def test_the_scheduler_is_told_what_became_of_the_lanes(on_a_gpu) -> None:

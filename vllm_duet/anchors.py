@@ -8,12 +8,12 @@ it is off about by a factor is forecast right. This file imports neither torch n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
-from vllm_duet.roofline import NO_ANCHORS, AnchorFactors, Batch, Roofline
+from vllm_duet.roofline import NO_ANCHORS, AnchorFactors, Batch, LaneFactor, Roofline
 
 SHORT_CONTEXT = 16
 """Tokens of context of a decode whose attention costs next to nothing."""
@@ -26,6 +26,15 @@ LEAST_PREFILL = 32
 
 DECODE_ROOM = 16
 """Tokens that each decode makes while it is measured, at most."""
+
+LANE_ROOM = 96
+"""The same beside prefills on the other lane."""
+
+LANE_DECODES = 8, 64
+LANE_CONTEXTS = 1024, 256, SHORT_CONTEXT
+LANE_PREFILLS = 2048, 512, 128, LEAST_PREFILL
+"""What runs on the lanes: a few decodes and many, after the longest of these contexts that fits,
+and the longest of these prompts."""
 
 ATTENTION_LIMITS = 0.05, 20.0
 """Within which attention's factor has to be: it is a small difference of two measured times
@@ -46,6 +55,13 @@ class StepShape(NamedTuple):
         """New tokens of the step."""
         return self.decodes + self.prefill
 
+    def parts(self) -> tuple[StepShape, StepShape]:
+        """Its decodes and its prompt, each as a step of its own."""
+        return (
+            StepShape(decodes=self.decodes, decode_context=self.decode_context),
+            StepShape(prefill=self.prefill, prefill_context=self.prefill_context),
+        )
+
     def batch(self) -> Batch:
         """As the roofline takes it."""
         prompts = int(self.prefill > 0)
@@ -62,6 +78,23 @@ class Anchor(NamedTuple):
     ms: float
 
 
+class LaneAnchor(NamedTuple):
+    """The decodes of ``shape`` on a lane of ``decode_sms`` SMs, beside its prefill on the others.
+
+    ``decode_ms`` is what a decode step took while the prefill ran, ``prefill_ms`` for how long
+    the prefill's lane was busy. From one join to the next, with another launch in between, it was
+    ``cycle_ms`` and ``steps`` decode steps. Where ``shape`` has only decodes or only a prefill,
+    that ran alone.
+    """
+
+    decode_sms: int
+    shape: StepShape
+    decode_ms: float
+    prefill_ms: float
+    cycle_ms: float = 0.0
+    steps: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class StepLimits:
     """What an engine can run: ``max_seqs`` requests of up to ``max_context`` tokens, ``max_tokens``
@@ -72,13 +105,14 @@ class StepLimits:
     max_context: int
     cache_tokens: int
 
-    def allow(self, shape: StepShape) -> bool:
+    def allow(self, shape: StepShape, room: int = DECODE_ROOM) -> bool:
+        """Whether such a step can be run, and its decodes then make ``room`` tokens each."""
         prefill_context = shape.prefill_context + shape.prefill
-        held = shape.decodes * (shape.decode_context + DECODE_ROOM) + prefill_context
+        held = shape.decodes * (shape.decode_context + room) + prefill_context
         return (
             shape.decodes + (shape.prefill > 0) <= self.max_seqs
             and shape.num_tokens <= self.max_tokens
-            and max(shape.decode_context + DECODE_ROOM, prefill_context) < self.max_context
+            and max(shape.decode_context + room, prefill_context) < self.max_context
             and held <= self.cache_tokens
         )
 
@@ -104,6 +138,41 @@ def shapes_to_measure(limits: StepLimits) -> list[StepShape]:
     return sorted(allowed, key=lambda shape: (shape.num_tokens, sum(shape)))
 
 
+def lane_shapes(limits: StepLimits, most_decodes: int) -> tuple[list[StepShape], StepShape | None]:
+    """Decode steps and a prefill to run on the lanes, alone and side by side.
+
+    ``most_decodes`` is how many requests a lane's graphs take. No prefill where none fits.
+    """
+    decodes: list[StepShape] = []
+    prefill = limits.max_tokens + 1
+    for count in sorted({min(n, most_decodes, limits.max_seqs - 1) for n in LANE_DECODES}):
+        for context in LANE_CONTEXTS:
+            shape = StepShape(decodes=count, decode_context=context)
+            beside = (shape._replace(prefill=n) for n in LANE_PREFILLS)
+            fits = next((pair for pair in beside if limits.allow(pair, LANE_ROOM)), None)
+            if count > 0 and fits is not None:
+                decodes.append(shape)
+                prefill = min(prefill, fits.prefill)
+                break
+    return decodes, StepShape(prefill=prefill) if decodes else None
+
+
+def lane_gains(whole: Mapping[StepShape, float], pairs: Sequence[LaneAnchor]) -> dict[int, float]:
+    """By decode lane, how much more is done side by side than one after the other, at best.
+
+    ``whole`` has the times in ms of the same decodes and of the same prefill on all SMs: what a
+    cycle's decode steps and its prefill would take one after the other, over what it took. It
+    contains all that a launch and a join cost.
+    """
+    gains: dict[int, float] = {}
+    for pair in pairs:
+        if pair.shape.decodes and pair.shape.prefill:
+            decode, prefill = pair.shape.parts()
+            gain = (pair.steps * whole[decode] + whole[prefill]) / pair.cycle_ms
+            gains[pair.decode_sms] = max(gain, gains.get(pair.decode_sms, 0.0))
+    return gains
+
+
 def shapes_to_check(limits: StepLimits) -> list[StepShape]:
     """Mixed steps, which no anchor is: how far the forecast is off is said in the log."""
     decodes = max(1, min(limits.max_seqs - 1, 12))
@@ -123,7 +192,9 @@ def _powers(least: int, most: int, factor: int) -> list[int]:
     return [*found, most]
 
 
-def fit(roofline: Roofline, anchors: Sequence[Anchor]) -> AnchorFactors:
+def fit(
+    roofline: Roofline, anchors: Sequence[Anchor], lanes: Sequence[LaneAnchor] = ()
+) -> AnchorFactors:
     """The factors by which ``roofline``, made without any, gives the time of each anchor.
 
     Attention's factors come from anchors that differ in the context alone. With them, the step's
@@ -153,7 +224,24 @@ def fit(roofline: Roofline, anchors: Sequence[Anchor]) -> AnchorFactors:
     for tokens, anchor in prefills.items():
         if tokens > max(decodes):
             steps[tokens] = anchor.ms / _ms(scaled, anchor.shape)
-    return factors._replace(steps=tuple(sorted(steps.items())))
+    factors = factors._replace(steps=tuple(sorted(steps.items())))
+    return factors._replace(lanes=_lane_factors(roofline.anchored(factors), lanes))
+
+
+def _lane_factors(roofline: Roofline, lanes: Sequence[LaneAnchor]) -> tuple[LaneFactor, ...]:
+    """Of each decode lane, from what was measured side by side."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for lane in lanes:
+        if lane.shape.decodes and lane.shape.prefill:
+            decode, prefill = (roofline.summarize(part.batch()) for part in lane.shape.parts())
+            sms = lane.decode_sms, roofline.profile.num_sms - lane.decode_sms
+            forecast = roofline.pair_ms(decode, prefill, *sms)
+            ratios = lane.decode_ms / float(forecast[0]), lane.prefill_ms / float(forecast[1])
+            found.setdefault(lane.decode_sms, []).append(ratios)
+    return tuple(
+        LaneFactor(sms, *map(median, zip(*ratios, strict=True)))
+        for sms, ratios in sorted(found.items())
+    )
 
 
 def mean_error(roofline: Roofline, measured: Sequence[Anchor]) -> float:

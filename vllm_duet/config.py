@@ -104,10 +104,10 @@ class DuetConfig(BaseModel):
         description="Run some steps before the first request, and forecast by their times; auto "
         "takes the times of an earlier start where there are any.",
     )
-    cuda_lanes: bool = Field(
-        False,
-        description="Split steps on a GPU, by CUDA green contexts. Off, since it has not run on "
-        "one yet.",
+    cuda_lanes: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="Split steps on a GPU, by CUDA green contexts: auto where the start has shown "
+        "that tokens stay the same and that it is faster, true even so, false never.",
     )
     prefill_launch: Literal["thread", "slices"] = Field(
         "thread",
@@ -124,6 +124,11 @@ class DuetConfig(BaseModel):
         ge=0,
         description="For how many decode steps the serial lane holds a prefill's result back.",
     )
+
+    @field_validator("cuda_lanes", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return str(value).lower() if isinstance(value, bool) else value
 
     @field_validator("decode_sms", mode="before")
     @classmethod

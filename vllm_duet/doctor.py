@@ -166,7 +166,7 @@ def _lane_obstacles(machine: Machine) -> list[str]:
     obstacles = [
         _obstacle(limit)
         for limit in LIMITS
-        if limit.about == "release" and limit.applies(engine, None)
+        if limit.about == "lanes" and limit.applies(engine, None)
     ]
     if not machine.gpus:
         obstacles.append("There is no NVIDIA GPU, or no driver for it.")

@@ -45,10 +45,14 @@ class InFlightPrefill:
 
 
 class KVBlocks:
-    """Which KV blocks a request has, and which of them a prefill writes to."""
+    """Which KV blocks a request has, and which of them a prefill writes to.
 
-    def __init__(self, manager: KVCacheManager, config: KVCacheConfig) -> None:
+    The first ``num_lost`` blocks of a new KV cache are nobody's from the beginning.
+    """
+
+    def __init__(self, manager: KVCacheManager, config: KVCacheConfig, num_lost: int = 0) -> None:
         self._manager = manager
+        self.lost = manager.block_pool.get_new_blocks(num_lost)
         self._block_sizes = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
         # Stands for what has left a sliding window, of everybody.
         self._null = {manager.block_pool.null_block.block_id}
@@ -105,6 +109,7 @@ class KVBlocks:
         """
         pool = self._manager.block_pool
         kept = [block for prefill in prefills for block in chain(*prefill.left.values())]
+        kept += self.lost
         pool.free_blocks(reversed(kept))
         try:
             yield

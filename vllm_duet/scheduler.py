@@ -98,8 +98,10 @@ class DuetScheduler(AsyncScheduler):
             self._blockers.append(lanes.obstacle)
         learns = self.duet_config.correction and self.duet_config.mode == "auto"
         self._step_times = StepTimes(StepTimeCorrection() if learns else None)
-        self._policy = make_policy(self.duet_config, vllm_config, self._step_times.correction)
-        self._kv_blocks = KVBlocks(self.kv_cache_manager, self.kv_cache_config)
+        self._policy = make_policy(
+            self.duet_config, vllm_config, self._step_times.correction, lanes.decode_sms
+        )
+        self._kv_blocks = KVBlocks(self.kv_cache_manager, self.kv_cache_config, lanes.lost_blocks)
         self._num_capped_decodes = 0
         self._load, self._lane_step_ms = IDLE, 0.0
         self._in_flight: list[InFlightPrefill] = []
@@ -542,9 +544,14 @@ def _kind_of(output: SchedulerOutput) -> str:
 
 
 def make_policy(
-    config: DuetConfig, vllm_config: Any, correction: StepTimeCorrection | None
+    config: DuetConfig,
+    vllm_config: Any,
+    correction: StepTimeCorrection | None,
+    decode_sms: tuple[int, ...] | None = None,
 ) -> Policy | None:
     """The policy ``config.mode`` names; ``None`` leaves every step to vLLM.
+
+    ``decode_sms`` are the decode lanes that it may use; ``None``, all that there are.
 
     Raises:
         ValueError: the GPU profile or the SM counts in ``config`` are wrong.
@@ -557,13 +564,13 @@ def make_policy(
     if config.mode != "auto":
         # A forced mode needs SM counts but no forecast.
         profile = lane_profile(config, current_platform.get_device_name())
-        decode_sms = decode_lanes(profile, config.decode_sms)
+        lanes = decode_lanes(profile, config.decode_sms)
         if config.mode == "random":
-            return RandomPolicy(config.seed, decode_sms, profile.num_sms)
+            return RandomPolicy(config.seed, lanes, profile.num_sms)
         return FixedModePolicy(
             Mode(config.mode),
-            decode_sms[0],
-            profile.num_sms - decode_sms[0],
+            lanes[0],
+            profile.num_sms - lanes[0],
             max_prefill_tokens=FORCED_CAP,
         )
     try:
@@ -575,7 +582,7 @@ def make_policy(
         return None
     limits = PolicyLimits(
         tbt_slo_ms=config.tbt_slo_ms,
-        decode_sms=config.decode_sms,
+        decode_sms=decode_sms or config.decode_sms,
         max_lookahead=config.max_lookahead,
         split_for_throughput=config.split_for_throughput,
         throughput_margin=config.throughput_margin,

@@ -1,65 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured at start: steps made by hand, run by the executor before the first request.
 
-What may live here: building such steps, timing them, and the file that keeps the times. What
-follows from them is in anchors.py. They run in the engine core, by its executor, as its own
-loop does: with one worker or several, under either model runner.
+What may live here: running such steps, timing them, and what is concluded from the times for this
+engine. What follows from them for a forecast is in anchors.py, the steps are hand_made.py's, and
+the file that keeps the times is start_file.py's. They run in the engine core, by its executor, as
+its own loop does: with one worker or several, under either model runner.
+
+Where the worker has made lanes on a GPU, these are proved first (worker/proof.py) and then
+measured: alone, and side by side.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from hashlib import sha256
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
-from vllm import SamplingParams, envs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
-from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm.version import __version__ as vllm_version
 
 from vllm_duet.anchors import (
     DECODE_ROOM,
+    LANE_ROOM,
     Anchor,
-    StepLimits,
+    LaneAnchor,
     StepShape,
     fit,
+    lane_gains,
+    lane_shapes,
     mean_error,
     shapes_to_check,
     shapes_to_measure,
     within,
 )
 from vllm_duet.config import DuetConfig
-from vllm_duet.forecast import NoForecastError, model_shape, profile_for, unknown_device
+from vllm_duet.forecast import (
+    NoForecastError,
+    lane_profile,
+    model_shape,
+    profile_for,
+    unknown_device,
+)
+from vllm_duet.hand_made import HandMadeRequest, HandMadeSteps
+from vllm_duet.plan import Join, JoinedPrefill, PrefillLaunch, StepDirective
+from vllm_duet.policy import decode_lanes
 from vllm_duet.roofline import ModelShape, Roofline
-from vllm_duet.support import can_measure, report_roofline
-from vllm_duet.version import __version__
+from vllm_duet.start_file import Measured, StartFile
+from vllm_duet.support import (
+    can_measure,
+    report_lanes,
+    report_roofline,
+    reported_lanes,
+)
+from vllm_duet.worker.proof import Proof, prove_lanes
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
 
-BUDGET_S = 15.0
-"""For all steps that are measured. A step that would end later is left out."""
+BUDGET_S = 12.0
+"""For all steps on the whole device. A step that would end later is left out."""
 
 STEPS = 6
 """Of each shape; fewer than DECODE_ROOM."""
+
+LAUNCHES = 3
+"""Of a prefill on a lane, of which the first is not counted."""
 
 LONG_STEP_S = 0.5
 """A step that takes longer is not run again."""
 
 
 def measure_at_start(executor: Any) -> None:
-    """Have the scheduler of this process forecast by steps that ``executor`` runs now.
+    """Have the scheduler of this process forecast by steps that ``executor`` runs now, and split
+    steps only on lanes that have been proved.
 
     ``executor`` is the engine core's, ready to serve. Whatever goes wrong is one sentence in the
     log, and forecasts are as they are without measured steps.
@@ -69,21 +87,37 @@ def measure_at_start(executor: Any) -> None:
     if config.measure_at_start == "never" or not can_measure(vllm_config):
         return
     try:
+        file, stored = StartFile.of(vllm_config), None
+        if config.measure_at_start == "auto":
+            stored = file.read()
+        found = stored or Measured([])
         roofline = _unanchored(executor, config)
-        file = _file(vllm_config, roofline)
-        anchors = _read(file) if config.measure_at_start == "auto" else None
-        if anchors is None:
-            anchors = _measured(executor, roofline)
-            _write(file, anchors)
+        steps = MeasuredSteps(executor)
+        try:
+            if not found.anchors:
+                found = replace(found, anchors=_measured(steps, roofline))
+            if _has_lanes(vllm_config) and not found.lanes:
+                found = replace(found, **_lanes(steps, config)._asdict())
+        finally:
+            executor.collective_rpc(_seed)
+        if found == stored:
+            logger.info("vllm-duet forecasts by the step times in %s.", file.path)
         else:
-            logger.info("vllm-duet forecasts by the step times in %s.", file)
-        report_roofline(vllm_config, roofline.anchored(fit(roofline, anchors)))
+            file.write(found)
+        _use_lanes(executor, config, found)
+        report_roofline(vllm_config, roofline.anchored(fit(roofline, found.anchors, found.lanes)))
     except Exception as error:
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # CUDA's go on
         logger.warning(
-            "vllm-duet could not measure steps at start, and forecasts without: %s: %s",
-            type(error).__name__,
-            str(error).partition("\n")[0],  # CUDA's go on about how to find out more
+            "vllm-duet could not measure steps at start, and forecasts without: %s", what
         )
+        if config.cuda_lanes == "auto":
+            _stay_whole(executor, f"steps could not be measured at start: {what}")
+
+
+def _has_lanes(vllm_config: Any) -> bool:
+    on_gpu = vllm_config.device_config.device_type != "cpu"
+    return on_gpu and reported_lanes(vllm_config).obstacle is None
 
 
 def _unanchored(executor: Any, config: DuetConfig) -> Roofline:
@@ -97,19 +131,15 @@ def _unanchored(executor: Any, config: DuetConfig) -> Roofline:
     return Roofline(shape, profile or unknown_device(vllm_config.device_config.device_type))
 
 
-def _measured(executor: Any, roofline: Roofline) -> list[Anchor]:
-    """Raises: whatever the executor does, or ValueError where the KV cache is of another kind."""
-    steps = MeasuredSteps(executor)
+def _measured(steps: MeasuredSteps, roofline: Roofline) -> list[Anchor]:
+    """Raises: whatever the executor does."""
     began = time.perf_counter()
-    try:
-        shapes = shapes_to_measure(steps.limits)
-        steps.measure(shapes[0])  # what comes first pays for what is made once
-        anchors = _run(steps, shapes, roofline, BUDGET_S)
-        anchored = roofline.anchored(fit(roofline, anchors))
-        left_s = BUDGET_S - (time.perf_counter() - began)
-        checks = _run(steps, shapes_to_check(steps.limits), anchored, left_s)
-    finally:
-        executor.collective_rpc(_seed)
+    shapes = shapes_to_measure(steps.limits)
+    steps.measure(shapes[0])  # what comes first pays for what is made once
+    anchors = _run(steps, shapes, roofline, BUDGET_S)
+    anchored = roofline.anchored(fit(roofline, anchors))
+    left_s = BUDGET_S - (time.perf_counter() - began)
+    checks = _run(steps, shapes_to_check(steps.limits), anchored, left_s)
     off = f", forecasts of {len(checks)} others are off by {mean_error(anchored, checks):.0%}"
     logger.info(
         "vllm-duet measured %d steps in %.1f s: %s%s.",
@@ -141,12 +171,80 @@ def _in_words(anchors: list[Anchor]) -> str:
     return text
 
 
-class MeasuredSteps:
-    """Runs steps of requests that nobody sent, in blocks that nobody has yet.
+# The lanes
 
-    The scheduler, made later, never hears of them: their rows are given back after each shape,
-    and what they leave in the KV cache is overwritten before it is read.
-    """
+
+class _Lanes(NamedTuple):
+    """What came of them; fields of Measured."""
+
+    lanes: list[LaneAnchor]
+    gains: dict[int, float]
+    obstacle: str | None = None
+
+
+def _lanes(steps: MeasuredSteps, config: DuetConfig) -> _Lanes:
+    """Prove the lanes and measure them, but for what stands in the way."""
+    began = time.perf_counter()
+    profile = lane_profile(config, current_platform.get_device_name())
+    splits = {sms: profile.num_sms - sms for sms in decode_lanes(profile, config.decode_sms)}
+    obstacle, runs = steps.prove_lanes(splits)
+    if not runs:
+        steps.give_lanes_up(obstacle or "")
+    if obstacle is not None and (config.cuda_lanes == "auto" or not runs):
+        return _Lanes([], {}, obstacle)
+    decodes, prefill = lane_shapes(steps.limits, steps.most_decodes)
+    if prefill is None:
+        return _Lanes([], {}, "the KV cache or a step is too small to measure the lanes in")
+    alone = [*decodes, prefill]
+    pairs = [shape._replace(prefill=prefill.prefill) for shape in decodes]
+    whole = {shape: steps.measure(shape).ms for shape in alone}
+    work = [(sms, shape) for sms in splits for shape in (*alone, *pairs)]
+    bar = tqdm(work, desc="Measuring lanes", leave=False, disable=not steps.shows_progress)
+    try:
+        lanes = [steps.measure_lane(sms, splits[sms], shape) for sms, shape in bar]
+    finally:
+        bar.close()
+    gains = lane_gains(whole, lanes)
+    logger.info(
+        "vllm-duet measured its lanes in %.1f s: side by side they do %s of what the GPU does one"
+        " after the other.",
+        time.perf_counter() - began,
+        ", ".join(f"{gain:.2f} ({sms} SMs)" for sms, gain in gains.items()),
+    )
+    return _Lanes(lanes, gains, obstacle)
+
+
+def _use_lanes(executor: Any, config: DuetConfig, found: Measured) -> None:
+    """Have the lanes that pay used, or none, as ``cuda_lanes`` says."""
+    vllm_config, margin = executor.vllm_config, config.throughput_margin
+    if not _has_lanes(vllm_config):
+        return
+    refusal = found.refusal(margin)
+    if config.cuda_lanes != "auto":
+        if refusal is not None:
+            logger.warning("vllm-duet splits steps, since cuda_lanes says so, but %s.", refusal)
+        return
+    if refusal is not None:
+        _stay_whole(executor, refusal)
+        return
+    paying = found.paying_lanes(margin)
+    for sms in found.gains.keys() - set(paying):
+        logger.info(
+            "vllm-duet leaves the decode lane of %d SMs out: side by side it does %.2f of what the"
+            " GPU does one after the other.",
+            sms,
+            found.gains[sms],
+        )
+    report_lanes(vllm_config, replace(reported_lanes(vllm_config), decode_sms=paying))
+
+
+def _stay_whole(executor: Any, obstacle: str, written_blocks: int = 0) -> None:
+    if _has_lanes(executor.vllm_config):
+        executor.collective_rpc(_without_lanes, args=(obstacle, written_blocks))
+
+
+class MeasuredSteps:
+    """Runs steps of requests that nobody sent, and takes their time."""
 
     def __init__(self, executor: Any) -> None:
         """
@@ -154,24 +252,23 @@ class MeasuredSteps:
             ValueError: some layers have no attention over blocks of tokens.
         """
         vllm_config = executor.vllm_config
-        num_blocks, block_sizes = executor.collective_rpc(_kv_cache)[0]
-        if not block_sizes:
-            raise ValueError("some layers keep another state than keys and values")
         self._executor = executor
-        self._block_sizes = block_sizes
-        self._vocabulary_size = vllm_config.model_config.get_vocab_size()
+        self._steps = HandMadeSteps(vllm_config, executor.collective_rpc(_kv_cache_config)[0])
         self._depth = vllm_config.max_concurrent_batches
+        self._launches = 0
+        self.most_decodes = reported_lanes(vllm_config).most_decodes
+        self.limits = self._steps.limits
         self.shows_progress = vllm_config.load_config.use_tqdm_on_load
-        scheduler, groups = vllm_config.scheduler_config, len(block_sizes)
-        # Block 0 is vLLM's null block, and each request may leave most of a block empty.
-        num_blocks -= 1 + groups * (scheduler.max_num_seqs + 1)
-        self.limits = StepLimits(
-            max_seqs=scheduler.max_num_seqs,
-            max_tokens=scheduler.max_num_batched_tokens,
-            max_context=vllm_config.model_config.max_model_len,
-            cache_tokens=num_blocks // groups * min(block_sizes),
-        )
-        self._made = 0
+
+    def prove_lanes(self, splits: Mapping[int, int]) -> Proof:
+        """Whether split steps compute what whole ones do, see worker/proof.py."""
+        arguments = self._steps, splits, self.most_decodes
+        proof: Proof = self._executor.collective_rpc(prove_lanes, args=arguments)[0]
+        return proof
+
+    def give_lanes_up(self, obstacle: str) -> None:
+        """For lanes that do not run, and may still be busy."""
+        _stay_whole(self._executor, obstacle, self._steps.most_blocks)
 
     def measure(self, shape: StepShape) -> Anchor:
         """The median time of some steps of ``shape``, as many queued as in vLLM's own loop.
@@ -179,111 +276,181 @@ class MeasuredSteps:
         A step lasts from the later of its own start and the end of the step before, as in
         step_times.py.
         """
-        self._next_block, self._alive = 1, set[str]()
-        queue: deque[tuple[float, _Queued]] = deque()
-        times_s, ended_at, left = list[float](), 0.0, STEPS
-        try:
-            decodes = [self._new(shape.decode_context, 1) for _ in range(shape.decodes)]
-            if decodes:
-                self._step(decodes).result()
+        times_s = list[float]()
+        prompt: HandMadeRequest | None = None
+        with _Queue(self._executor, self._steps, self._depth) as queue:
+            decodes = self._decodes(queue, shape)
+            left = STEPS
             while left or queue:
-                if left and len(queue) < self._depth:
+                if left and not queue.is_full:
                     left -= 1
-                    began = time.perf_counter()
-                    prompts = []
+                    ended = [prompt] if prompt else []
                     if shape.prefill:
-                        prompts = [self._new(shape.prefill_context, shape.prefill)]
-                    queue.append((began, self._step(prompts, decodes)))
+                        prompt = self._prompt(shape, prompt)
+                    queue.put(self._steps.step([prompt] if prompt else [], decodes, ended))
                     continue
-                began, step = queue.popleft()
-                step.result()
-                began, ended_at = max(began, ended_at), time.perf_counter()
-                times_s.append(ended_at - began)
+                times_s.append(queue.take().s)
                 if times_s[-1] > LONG_STEP_S:
                     left = 0
-        finally:
-            wait([step.sampled for _, step in queue])
-            self._executor.collective_rpc(_forget_half_a_step)
-            output = SchedulerOutput.make_empty()
-            output.finished_req_ids = self._alive
-            self._executor.execute_model(output)
         # The first may have had to make something, once.
         return Anchor(shape, 1e3 * median(times_s[1:] or times_s))
 
-    def _new(self, context: int, query: int) -> NewRequestData:
-        """A request with ``context`` tokens in the KV cache, that is to compute ``query`` more."""
-        self._made += 1
-        # Tokens that differ, or a mixture of experts would run a few of its experts only.
-        tokens = [(self._made + 7919 * n) % self._vocabulary_size for n in range(context + query)]
-        blocks, first = [], self._next_block
-        for size in self._block_sizes:
-            count = -(-(len(tokens) + DECODE_ROOM) // size)
-            blocks.append(list(range(self._next_block, self._next_block + count)))
-            self._next_block += count
-        if query > 1:
-            self._next_block = first  # the next prompt may have its blocks
-        return NewRequestData(
-            req_id=f"vllm-duet-{self._made}",
-            prompt_token_ids=tokens,
-            mm_features=[],
-            sampling_params=SamplingParams(max_tokens=DECODE_ROOM, ignore_eos=True),
-            pooling_params=None,
-            block_ids=tuple(blocks),
-            num_computed_tokens=context,
-            lora_request=None,
-            prefill_token_ids=tokens,
+    def measure_lane(self, decode_sms: int, prefill_sms: int, shape: StepShape) -> LaneAnchor:
+        """The decodes of ``shape`` on one lane beside its prompt on the other; or one of them."""
+        with _Queue(self._executor, self._steps, self._depth) as queue:
+            decodes = self._decodes(queue, shape, LANE_ROOM)
+            if not shape.prefill:
+                steps_ms = self._decode_lane(queue, decodes, decode_sms)
+                return LaneAnchor(decode_sms, shape, median(steps_ms[1:]), 0.0)
+            return self._pair(queue, decodes, decode_sms, prefill_sms, shape)
+
+    def _decodes(
+        self, queue: _Queue, shape: StepShape, room: int = DECODE_ROOM
+    ) -> list[HandMadeRequest]:
+        """The decodes of ``shape``, each of which has computed a token by now."""
+        made = [
+            self._steps.request(shape.decode_context, 1, room=room) for _ in range(shape.decodes)
+        ]
+        if made:
+            queue.put(self._steps.step(made))
+            queue.take()
+        return made
+
+    def _prompt(self, shape: StepShape, before: HandMadeRequest | None) -> HandMadeRequest:
+        """The next prompt, in the blocks of the one before, which has ended."""
+        return self._steps.request(shape.prefill_context, shape.prefill, like=before)
+
+    def _decode_lane(
+        self, queue: _Queue, decodes: Sequence[HandMadeRequest], decode_sms: int
+    ) -> list[float]:
+        times_ms = []
+        for _ in range(STEPS):
+            output = self._steps.step(decodes=decodes)
+            output.duet = StepDirective(decode_sms=decode_sms)
+            queue.put(output)
+            if queue.is_full:
+                times_ms.append(1e3 * queue.take().s)
+        while queue:
+            times_ms.append(1e3 * queue.take().s)
+        return times_ms
+
+    def _pair(
+        self,
+        queue: _Queue,
+        decodes: Sequence[HandMadeRequest],
+        decode_sms: int,
+        prefill_sms: int,
+        shape: StepShape,
+    ) -> LaneAnchor:
+        """One prefill after the other, each launched when the one before has joined."""
+        steps_ms, launching_ms, prefills_ms = list[float](), list[float](), list[float]()
+        prompt: HandMadeRequest | None = None
+        joined_at, steps_until = list[float](), list[int]()
+        in_flight, taken, beside = False, 0, 0
+        while len(prefills_ms) < LAUNCHES:
+            while not queue.is_full:
+                output = self._steps.step((), decodes, [prompt] if prompt and not in_flight else ())
+                launch, beside = None, beside + 1
+                if not in_flight:
+                    prompt, in_flight, beside = self._prompt(shape, prompt), True, 0
+                    launch = PrefillLaunch(
+                        self._launches, self._steps.step([prompt]), decode_sms, prefill_sms
+                    )
+                    self._launches += 1
+                # As one waits without decodes, so does the last that there is room for.
+                is_last = beside > LANE_ROOM // LAUNCHES - 2 * self._depth
+                join = Join.WAIT if not decodes or is_last else Join.IF_DONE
+                output.duet = StepDirective(
+                    launch, None if launch and decodes else join, decode_sms
+                )
+                queue.put(output)
+            step = queue.take()
+            taken += bool(decodes)
+            if step.joined is not None:
+                in_flight = False
+                prefills_ms.append(step.joined.prefill_busy_ms)
+                joined_at.append(step.ended_at)
+                steps_until.append(taken)
+            elif step.launches:
+                launching_ms.append(1e3 * step.s)
+            elif in_flight:
+                steps_ms.append(1e3 * step.s)
+        while queue:
+            queue.take()
+        cycles = len(joined_at) - 1
+        return LaneAnchor(
+            decode_sms,
+            shape,
+            # A prefill may end before any step but the one that has launched it.
+            median(steps_ms or launching_ms) if decodes else 0.0,
+            median(prefills_ms[1:] or prefills_ms),
+            1e3 * (joined_at[-1] - joined_at[0]) / cycles,
+            (steps_until[-1] - steps_until[0]) / cycles,
         )
 
-    def _step(
-        self, new: list[NewRequestData], cached: list[NewRequestData] | None = None
-    ) -> _Queued:
-        output, known = SchedulerOutput.make_empty(), CachedRequestData.make_empty()
-        # The prompt of the step before has had its only step.
-        output.finished_req_ids = self._alive - {request.req_id for request in cached or ()}
-        self._alive -= output.finished_req_ids
-        for request in cached or ():
-            request.num_computed_tokens += 1
-            known.req_ids.append(request.req_id)
-            known.new_block_ids.append(None)
-            known.num_computed_tokens.append(request.num_computed_tokens)
-            known.num_output_tokens.append(
-                request.num_computed_tokens - len(request.prompt_token_ids or ()) + 1
-            )
-            output.num_scheduled_tokens[request.req_id] = 1
-        for request in new:
-            query = len(request.prompt_token_ids or ()) - request.num_computed_tokens
-            output.num_scheduled_tokens[request.req_id] = query
-        output.scheduled_new_reqs, output.scheduled_cached_reqs = new, known
-        output.total_num_scheduled_tokens = sum(output.num_scheduled_tokens.values())
-        output.num_common_prefix_blocks = [0] * len(self._block_sizes)
-        self._alive |= output.num_scheduled_tokens.keys()
-        executed = self._executor.execute_model(output, non_block=True)
-        return _Queued(executed, self._executor.sample_tokens(None, non_block=True))
+
+class _Step(NamedTuple):
+    """A step that has ended: seconds, when, whether it launched a prefill, and the one that it
+    joined."""
+
+    s: float
+    ended_at: float
+    launches: bool
+    joined: JoinedPrefill | None
 
 
-class _Queued(NamedTuple):
-    """A step that the executor has been given."""
+class _Queue:
+    """Steps that the executor has been given, as vLLM's loop keeps them; afterwards all their
+    requests are gone."""
 
-    executed: Future[Any]
-    sampled: Future[Any]
+    def __init__(self, executor: Any, steps: HandMadeSteps, depth: int) -> None:
+        self._executor = executor
+        self._steps = steps
+        self._depth = depth
+        self._queued = deque[tuple[float, bool, list[Future[Any]]]]()
+        self._ended_at = 0.0
 
-    def result(self) -> None:
+    def __enter__(self) -> _Queue:
+        return self
+
+    def __bool__(self) -> bool:
+        return bool(self._queued)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._queued) >= self._depth
+
+    def put(self, output: Any) -> None:
+        began = time.perf_counter()
+        futures = [self._executor.execute_model(output, non_block=True)]
+        if output.total_num_scheduled_tokens:
+            futures.append(self._executor.sample_tokens(None, non_block=True))
+        directive: StepDirective | None = getattr(output, "duet", None)
+        launches = directive is not None and directive.launch is not None
+        self._queued.append((began, launches, futures))
+
+    def take(self) -> _Step:
         """Raises: what the step has raised. Sampling then finds nothing, and returns None."""
-        if self.sampled.result() is None:
-            self.executed.result()
+        began, launches, futures = self._queued.popleft()
+        output = futures[-1].result()
+        if output is None:
+            futures[0].result()
+        began, self._ended_at = max(began, self._ended_at), time.perf_counter()
+        return _Step(
+            self._ended_at - began, self._ended_at, launches, getattr(output, "duet", None)
+        )
+
+    def __exit__(self, *error: object) -> None:
+        wait([step[-1][-1] for step in self._queued])
+        self._executor.collective_rpc(_forget_half_a_step)
+        self._executor.execute_model(self._steps.end())
 
 
 # In every worker
 
 
-def _kv_cache(worker: Any) -> tuple[int, list[int]]:
-    """Blocks of the cache, and tokens of a block in each group; none where a group is no cache
-    of keys and values."""
-    config = worker.model_runner.kv_cache_config
-    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
-    if not all(isinstance(spec, AttentionSpec) for spec in specs):
-        return config.num_blocks, []
-    return config.num_blocks, [spec.block_size for spec in specs]
+def _kv_cache_config(worker: Any) -> Any:
+    return worker.model_runner.kv_cache_config
 
 
 def _loaded_shape(worker: Any) -> ModelShape:
@@ -297,53 +464,10 @@ def _forget_half_a_step(worker: Any) -> None:
     worker.model_runner.execute_model_state = None
 
 
+def _without_lanes(worker: Any, obstacle: str, written_blocks: int) -> None:
+    worker.model_runner.stay_whole(obstacle, written_blocks)
+
+
 def _seed(worker: Any) -> None:
     # As vLLM does after its own warm-up: sampling has drawn random numbers.
     set_random_seed(worker.model_config.seed, worker.parallel_config.data_parallel_index)
-
-
-# The file
-
-
-def _file(vllm_config: Any, roofline: Roofline) -> Path:
-    """Of everything that the times depend on."""
-    on = [
-        current_platform.get_device_name(),
-        torch.version.cuda,
-        platform.processor() or platform.machine(),
-        len(os.sched_getaffinity(0)),
-        os.environ.get("OMP_NUM_THREADS"),
-        vllm_version,
-        __version__,
-        vllm_config.compute_hash(),
-        vllm_config.scheduler_config.max_num_seqs,
-        vllm_config.model_config.max_model_len,
-        vllm_config.model_config.enforce_eager,
-        vllm_config.compilation_config.cudagraph_capture_sizes,
-        vllm_config.use_v2_model_runner,
-        roofline.profile.name,
-    ]
-    name = sha256(json.dumps(on, default=str).encode()).hexdigest()[:16]
-    return Path(envs.VLLM_CACHE_ROOT) / "vllm_duet" / f"steps-{name}.json"
-
-
-def _read(file: Path) -> list[Anchor] | None:
-    try:
-        found = json.loads(file.read_text())
-        return [Anchor(StepShape(**anchor["shape"]), float(anchor["ms"])) for anchor in found]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        logger.warning("vllm-duet cannot read %s, and measures anew: %r", file, error)
-        return None
-
-
-def _write(file: Path, anchors: list[Anchor]) -> None:
-    text = json.dumps([{"shape": a.shape._asdict(), "ms": a.ms} for a in anchors], indent=1)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(f".{os.getpid()}")
-        new.write_text(text)
-        new.replace(file)  # whole, however many servers start at once
-    except OSError as error:
-        logger.warning("vllm-duet measures anew at the next start: %s", error)

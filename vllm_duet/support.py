@@ -37,15 +37,15 @@ class Limit:
     """One thing that keeps an engine's steps whole.
 
     ``feature`` names it, as a clause; ``sentence`` says what SPLIT needs instead.
-    ``about`` is what decides it: how the server is started, the model, or this
-    release of vllm-duet. ``applies`` takes a VllmConfig and a KVCacheConfig or None.
+    ``about`` is what decides it: how the server is started, the model, or vllm-duet's own
+    options of the lanes. ``applies`` takes a VllmConfig and a KVCacheConfig or None.
     ``caps_too``: not even CAPPED then, since a cut token budget would never let some
     prompts start, or the forecast would be of another batch than the one that runs.
     ``unmeasured``: steps that the start makes by hand would lack what real ones have.
     """
 
     feature: str
-    about: Literal["options", "model", "release"]
+    about: Literal["options", "model", "lanes"]
     sentence: str
     applies: Callable[[Any, Any], bool]
     caps_too: bool = False
@@ -233,16 +233,33 @@ LIMITS = (
         ),
     ),
     Limit(
-        "the CUDA lanes are not switched on",
-        "release",
-        "SPLIT on a GPU has not run on one yet: the option cuda_lanes switches it on, to try it.",
-        lambda vllm, kv: _is_gpu(vllm) and not DuetConfig.load(vllm.additional_config).cuda_lanes,
+        "the CUDA lanes are switched off",
+        "lanes",
+        "SPLIT on a GPU needs the option cuda_lanes at auto or true.",
+        lambda vllm, kv: _is_gpu(vllm) and _cuda_lanes(vllm) == "false",
+    ),
+    Limit(
+        "the CUDA lanes are not proved at start",
+        "lanes",
+        "SPLIT on a GPU proves its lanes first: leave measure_at_start at auto, or force them with"
+        " cuda_lanes true.",
+        lambda vllm, kv: _is_gpu(vllm) and _cuda_lanes(vllm) == "auto" and not _is_measured(vllm),
     ),
 )
 
 
 def _is_gpu(vllm_config: Any) -> bool:
     return bool(vllm_config.device_config.device_type != "cpu")
+
+
+def _cuda_lanes(vllm_config: Any) -> str:
+    return DuetConfig.load(vllm_config.additional_config).cuda_lanes
+
+
+def _is_measured(vllm_config: Any) -> bool:
+    """Whether the options let steps be measured when an engine starts."""
+    config = DuetConfig.load(vllm_config.additional_config)
+    return config.mode == "auto" and config.measure_at_start != "never"  # other modes need none
 
 
 def lane_sizes(vllm_config: Any) -> list[int]:
@@ -309,8 +326,8 @@ def deciding_blockers(vllm_config: Any) -> list[str]:
 
 def can_measure(vllm_config: Any) -> bool:
     """Whether steps are measured when this engine starts, for its forecasts."""
-    if DuetConfig.load(vllm_config.additional_config).mode != "auto":
-        return False  # which needs none
+    if not _is_measured(vllm_config):
+        return False
     limits = (limit for limit in LIMITS if limit.caps_too or limit.unmeasured)
     return not any(limit.applies(vllm_config, None) for limit in limits)
 
@@ -320,11 +337,15 @@ class LanesReport:
     """What became of a worker's lanes when it started.
 
     ``most_decodes`` is how many requests the largest decode graph of every lane takes.
-    ``obstacle`` is a clause that says why there are no lanes, or ``None``.
+    ``obstacle`` is a clause that says why there are no lanes, or ``None``. ``decode_sms``: only
+    these decode lanes are to be used; ``None``, all. ``lost_blocks``: a lane may still write to
+    the first so many of the KV cache, so they are nobody's.
     """
 
     most_decodes: int = 0
     obstacle: str | None = None
+    decode_sms: tuple[int, ...] | None = None
+    lost_blocks: int = 0
 
 
 def report_lanes(vllm_config: Any, report: LanesReport) -> None:

@@ -102,6 +102,8 @@ class FakeGpu:
         library.fakecuda_limit_memory.argtypes = [ctypes.c_size_t]
         library.fakecuda_fail_launch.argtypes = [ctypes.c_int, ctypes.c_int, integer, integer]
         library.fakecuda_break_device.argtypes = [ctypes.c_int, ctypes.c_int, integer]
+        library.fakecuda_slow.argtypes = [ctypes.c_int, ctypes.c_double]
+        library.fakecuda_slow.restype = None
         library.fakecuda_advance.argtypes = [integer]
         library.fakecuda_advance.restype = None
         library.fakecuda_order.argtypes = [ctypes.c_int, ctypes.c_ulong]
@@ -168,8 +170,13 @@ class FakeGpu:
         """Nothing runs on streams of ``group``, until ``no_faults``; who waits for one sleeps."""
         self.library.fakecuda_hold(group)
 
+    def slow(self, group: int, factor: float) -> None:
+        """Kernels on streams of ``group`` take ``factor`` times ``kernel_us``, until
+        ``no_faults``."""
+        self.library.fakecuda_slow(group, factor)
+
     def no_faults(self) -> None:
-        """Nothing fails or is held any more, and the device is whole."""
+        """Nothing fails, is held or slow any more, and the device is whole."""
         self.library.fakecuda_no_faults()
 
     def order(self, seed: int | None) -> None:

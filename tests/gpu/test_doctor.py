@@ -13,7 +13,7 @@ from gpu.process import environment
 def doctor(**gpu: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vllm_duet", "doctor"],
-        env=environment(**gpu) | {"VLLM_DUET_CUDA_LANES": "1", "COLUMNS": "200"},
+        env=environment(**gpu) | {"VLLM_DUET_CUDA_LANES": "true", "COLUMNS": "200"},
         capture_output=True,
         text=True,
         timeout=120,

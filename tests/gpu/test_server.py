@@ -105,7 +105,7 @@ CASES = {
     "V1": Case(
         [*FEW, *FORCED], "Model Runner V2 is off", variables={"VLLM_USE_V2_MODEL_RUNNER": "0"}
     ),
-    "defaults": Case(duet_options(), "the CUDA lanes are not switched on"),
+    "defaults": Case(duet_options(), "the CUDA lanes are not proved at start"),
 }
 
 

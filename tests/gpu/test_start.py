@@ -97,7 +97,7 @@ def test_lanes_cover_every_decode_and_take_their_memory_from_the_kv_cache(tmp_pa
         lane_bytes, with_lanes = engine.runner.lane_bytes, kv_cache_bytes(engine)
         unused = unused_bytes(engine)
     with running(tmp_path, {}) as engine:
-        assert_serves_whole(engine, "the CUDA lanes are not switched on")
+        assert_serves_whole(engine, "the CUDA lanes are not proved at start")
         assert 0 < lane_bytes <= kv_cache_bytes(engine) - with_lanes
         # Stock vLLM 0.33 takes more than it was given; with lanes it is not to take more still.
         assert min(0, unused_bytes(engine)) <= unused < CUBLAS_WORKSPACE_BYTES, f"{unused} bytes"

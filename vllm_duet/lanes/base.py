@@ -22,6 +22,10 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
+class LaneError(RuntimeError):
+    """A lane that is not there, or no longer, in one sentence."""
+
+
 class InFlight(ABC, Generic[T]):
     """One prefill between its launch and its join."""
 
@@ -95,6 +99,10 @@ class LanePair(ABC):
 
     def is_usable(self) -> bool:
         """Whether the device goes on working, after a prefill has failed; waits for it."""
+        return True
+
+    def is_idle(self) -> bool:
+        """Whether the device has done all that the lanes were given; never waits."""
         return True
 
     def exclusive(self) -> AbstractContextManager[object]:

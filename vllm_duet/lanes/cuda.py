@@ -35,17 +35,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import cuda
 
-from vllm_duet.lanes.base import InFlight, LanePair
+from vllm_duet.lanes.base import InFlight, LaneError, LanePair
 from vllm_duet.lanes.green_context import SmSplit
 
 T = TypeVar("T")
 
 DECODE_PRIORITY = -1
 """More urgent than a prefill's 0, where the two wait for something that SMs do not divide."""
-
-
-class LaneError(RuntimeError):
-    """A lane that is not there, or no longer, in one sentence."""
 
 
 class CudaLanePair(LanePair):
@@ -75,6 +71,7 @@ class CudaLanePair(LanePair):
         self._prepared: Any = None  # the last time; decode steps wait for it
         self._ready: Any = None  # until the launch that it was for
         self._last_prefill: Any = None
+        self._started: Future[Any] | None = None
 
     @property
     def prefill_sms(self) -> set[int]:
@@ -157,6 +154,7 @@ class CudaLanePair(LanePair):
             raise LaneError(f"There is no prefill lane of {prefill_sms} SMs.")
         ready, self._ready = self._ready, None
         started = self._thread.submit(self._run, prefill, prefill_sms, ready or self._take_fork())
+        self._started = started
         return _Launched(prefill, started, self._device)
 
     def _run(self, prefill: Callable[[], T], prefill_sms: int, ready: Any) -> _Queued[T]:
@@ -192,6 +190,12 @@ class CudaLanePair(LanePair):
             return False  # a fault of a kernel; CUDA reports it from now on
         return True
 
+    def is_idle(self) -> bool:
+        streams = [*self.decode_streams.values(), *self._prefill_streams.values()]
+        if self._started is not None and not self._started.done():
+            return False
+        return all(stream.query() for stream in [*streams, self._prepare_stream])
+
     def exclusive(self) -> AbstractContextManager[object]:
         # Never held while a callable runs: it takes it itself, for what it shares. What
         # waits for it in give_way relies on that, too.
@@ -207,6 +211,7 @@ class CudaLanePair(LanePair):
         self._decoded.clear()
         self._spare_events.clear()
         self._from_caller = self._forked = self._prepared = self._ready = self._last_prefill = None
+        self._started = None
         with ExitStack() as release:
             for split in splits:
                 release.callback(split.release)

@@ -212,19 +212,30 @@ class PairPrediction:
         )
 
 
+class LaneFactor(NamedTuple):
+    """Measured over forecast time of a decode step on a lane of ``decode_sms`` SMs, and of a
+    prefill beside it on all others."""
+
+    decode_sms: int
+    decode: float
+    prefill: float
+
+
 class AnchorFactors(NamedTuple):
     """What measured steps make of a forecast, see ``vllm_duet.anchors``.
 
     ``steps`` are (tokens, factor) of a whole step; in between the logarithm of the factor is
     linear in that of the tokens, and beyond the ends the factor stays. ``decode_attention`` and
     ``prefill_attention`` are factors of those operators alone, and ``prefill_step_ms`` is what
-    a step with a prefill costs beside, before the step's factor.
+    a step with a prefill costs beside, before the step's factor. ``lanes`` are factors, on top of
+    the others, of steps side by side.
     """
 
     steps: tuple[tuple[int, float], ...] = ((1, 1.0),)
     decode_attention: float = 1.0
     prefill_attention: float = 1.0
     prefill_step_ms: float = 0.0
+    lanes: tuple[LaneFactor, ...] = ()
 
     def of_step(self, tokens: FloatOrArray) -> FloatArray:
         """The factor of steps of so many tokens."""
@@ -240,6 +251,8 @@ class AnchorFactors(NamedTuple):
 
 NO_ANCHORS = AnchorFactors()
 """Nothing was measured: the forecast is the roofline's."""
+
+_NO_LANE = 1.0, 1.0
 
 
 class Roofline:
@@ -271,6 +284,7 @@ class Roofline:
         self.shape = shape
         self.profile = profile
         self.anchors = anchors
+        self._lanes = {sms: (decode, prefill) for sms, decode, prefill in anchors.lanes}
         self.operators = tuple(step_operators or operators(shape, profile.expert_tile_rows))
         sms = np.arange(profile.num_sms + 1, dtype=np.float64)
         compute = profile.compute_fractions()
@@ -523,6 +537,9 @@ class Roofline:
         sms[0], sms[1] = first, second
         flat = features.reshape(len(FEATURES), -1)
         total = pair_totals(*self._tables, flat, self._checked(sms)).reshape(2, -1)
+        if self._lanes:
+            lanes = np.array([self._lanes.get(n, _NO_LANE) for n in sms[0].ravel().tolist()])
+            total *= lanes.T
         return _shaped(total[0], shape), _shaped(total[1], shape)
 
     def plan_ms(
@@ -548,7 +565,13 @@ class Roofline:
         )
         mixed_ms, prefill_ms, decode_ms, *lanes = times.tolist()
         splits = decode_sms.size
-        return mixed_ms, prefill_ms, decode_ms, lanes[:splits], lanes[splits:]
+        steps_ms, prefills_ms = lanes[:splits], lanes[splits:]
+        if self._lanes:
+            for n, sms in enumerate(decode_sms.tolist()):
+                of_decode, of_prefill = self._lanes.get(sms, _NO_LANE)
+                steps_ms[n] *= of_decode
+                prefills_ms[n] *= of_prefill
+        return mixed_ms, prefill_ms, decode_ms, steps_ms, prefills_ms
 
     def capped_ms(
         self,

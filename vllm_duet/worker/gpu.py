@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,10 +27,12 @@ from vllm.v1.worker.workspace import current_workspace_manager, use_workspace_la
 
 from vllm_duet.config import DuetConfig
 from vllm_duet.forecast import lane_profile
-from vllm_duet.lanes.cuda import CudaLanePair, LaneError
+from vllm_duet.lanes import LaneError
+from vllm_duet.lanes.cuda import CudaLanePair
 from vllm_duet.lanes.green_context import GreenContextError
 from vllm_duet.plugin import make_room_for_two_lanes
 from vllm_duet.policy import decode_lanes
+from vllm_duet.start_file import StartFile
 from vllm_duet.support import LanesReport, lane_sizes, report_lanes, split_blockers
 from vllm_duet.worker.lane_graphs import LaneGraphs
 from vllm_duet.worker.lane_state import PrefillLaneState, prefill_workspace_lane
@@ -108,6 +111,8 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         self._activation_bytes = self._state_bytes = 0
         self._workspace_bytes = 0
         """Of cuBLAS, on one stream."""
+        self._stuck: tuple[CudaLanePair, Any, Any, Any] | None = None
+        """Lanes that have not ended, and what they use."""
 
     @property
     def lane_bytes(self) -> int:
@@ -209,9 +214,17 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         """
         Raises:
             GreenContextError: the GPU, its driver or an SM count does not allow of them.
-            LaneError: the GPU has not the SMs that its profile says.
+            LaneError: the GPU has not the SMs that its profile says, or an earlier start has
+                found that steps are better not split.
         """
         config = DuetConfig.load(self.vllm_config.additional_config)
+        if config.cuda_lanes == "auto" and config.measure_at_start == "auto":
+            stored = StartFile.of(self.vllm_config).read()
+            if stored is not None and (refusal := stored.refusal(config.throughput_margin)):
+                raise LaneError(
+                    f"an earlier start has found that {refusal} (measure_at_start always tries"
+                    " again)"
+                )
         profile = lane_profile(config, current_platform.get_device_name())
         decode_sms = decode_lanes(profile, config.decode_sms)
         num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -306,17 +319,30 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
             logger.warning("vllm-duet: the lanes failed at start.", exc_info=error)
             self.stay_whole(f"the lanes failed at start: {in_a_clause(error)}")
 
-    def stay_whole(self, obstacle: str) -> None:
-        """Give the lanes up, for the reason that the clause ``obstacle`` gives."""
-        report_lanes(self.vllm_config, LanesReport(obstacle=obstacle))
-        self.lane_graphs.clear()
-        self.prefill_states = []
+    def stay_whole(self, obstacle: str, written_blocks: int = 0) -> None:
+        """Give the lanes up, for the reason that the clause ``obstacle`` gives.
+
+        What they have been given wrote to the first ``written_blocks`` blocks of the KV cache.
+        Where the device has not come to its end all of it is kept, so that nothing else is ever
+        where a lane may still read or write.
+        """
+        report = LanesReport(obstacle=obstacle)
         self._activation_bytes = self._state_bytes = 0
         lanes, self.lanes = self.lanes, None
-        if lanes is not None:
+        if lanes is not None and not lanes.is_idle():
+            report = LanesReport(obstacle=obstacle, lost_blocks=written_blocks)
+            self._stuck = lanes, self.lane_graphs, self.prefill_states, self._in_flight
+            self.lane_graphs, self._in_flight = {}, deque()
+        self.lane_graphs.clear()
+        self.prefill_states = []
+        report_lanes(self.vllm_config, report)
+        if lanes is not None and self._stuck is None:
             lanes.shutdown()
 
     def shutdown(self) -> None:
         # Captured on streams that go with the lanes.
         self.lane_graphs.clear()
+        stuck, self._stuck = self._stuck, None
+        if stuck is not None and stuck[0].is_idle():
+            stuck[0].shutdown()
         super().shutdown()

@@ -156,6 +156,11 @@ class DuetModelRunnerMixin:
         in_flight = lanes.launch(run, launch.prefill_sms)
         self._in_flight.append(InFlightPrefill(launch, in_flight, state, check))
 
+    @property
+    def prefills_in_flight(self) -> list[InFlight[torch.Tensor]]:
+        """In the order of their launches."""
+        return [prefill.in_flight for prefill in self._in_flight]
+
     def wait_until_queued(self) -> None:
         """Have the forward context, one global, given back by the prefills in flight."""
         for prefill in self._in_flight:

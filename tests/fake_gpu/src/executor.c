@@ -188,7 +188,8 @@ void free_work(Work *work) {
 // How long streams are busy, for FAKECUDA_KERNEL_US.
 static void occupy(Stream *stream, double seconds) {
   double now = now_s();
-  stream->busy_until = (stream->busy_until > now ? stream->busy_until : now) + seconds;
+  stream->busy_until = (stream->busy_until > now ? stream->busy_until : now) +
+                       seconds * slowness(stream);
 }
 
 unsigned long running_item(void) {

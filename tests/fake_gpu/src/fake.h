@@ -79,6 +79,7 @@ extern cudaError_t device_fault;  // sticky: every later call returns it
 cudaError_t malloc_fault(size_t used_bytes, size_t bytes);                   // locked
 cudaError_t launch_fault(const Stream *stream, cudaError_t *when_it_runs);  // locked
 bool is_held(const Stream *stream);                                         // locked
+double slowness(const Stream *stream);  // how many times as long its kernels take
 void read_fault_file(void);                                                 // locked
 
 // ------------------------------------------------------------------ device.c

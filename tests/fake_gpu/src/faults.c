@@ -10,6 +10,7 @@
 //   fault GROUP ERROR SKIP        a launch succeeds, and what it launched breaks the device
 //   hold GROUP                    nothing runs on its streams
 //   release                       it does again
+//   slow GROUP FACTOR             with kernel_us, its kernels take FACTOR times as long
 // GROUP: -1 any stream, 0 one without a green context, else the SMs of its green context.
 #include "fake.h"
 
@@ -27,6 +28,8 @@ static Fault malloc_calls, launches, faults;
 static size_t memory_limit = SIZE_MAX;
 enum { NO_GROUP = -2 };
 static int held_group = NO_GROUP;
+static int slow_group = NO_GROUP;
+static double slow_factor = 1;
 
 // Whether this call is one that fails. Counts it.
 static bool strikes(Fault *fault) {
@@ -52,6 +55,7 @@ void read_fault_file(void) {
     long skip = 0, times = 1;
     int group, error;
     size_t bytes;
+    double factor;
     if (sscanf(line, "malloc %ld %ld", &skip, &times) == 2)
       malloc_calls = (Fault){true, -1, cudaErrorMemoryAllocation, skip, times};
     else if (sscanf(line, "memory %zu", &bytes) == 1)
@@ -62,6 +66,8 @@ void read_fault_file(void) {
       faults = (Fault){true, group, error, skip, 1};
     else if (sscanf(line, "hold %d", &group) == 1)
       held_group = group;
+    else if (sscanf(line, "slow %d %lf", &group, &factor) == 2)
+      slow_group = group, slow_factor = factor;
     else if (!strcmp(line, "release\n"))
       held_group = NO_GROUP;
     else
@@ -84,6 +90,10 @@ static bool is_in_group(const Stream *stream, int group) {
 
 bool is_held(const Stream *stream) {
   return held_group != NO_GROUP && is_in_group(stream, held_group);
+}
+
+double slowness(const Stream *stream) {
+  return slow_group != NO_GROUP && is_in_group(stream, slow_group) ? slow_factor : 1;
 }
 
 cudaError_t launch_fault(const Stream *stream, cudaError_t *when_it_runs) {
@@ -130,10 +140,17 @@ API void fakecuda_hold(int group) {
   held_group = group;
 }
 
+// Kernels on the streams of `group` take `factor` times as long as FAKECUDA_KERNEL_US says.
+API void fakecuda_slow(int group, double factor) {
+  LOCK;
+  slow_group = group;
+  slow_factor = factor;
+}
+
 // No fault is armed any more, and the device is whole.
 API void fakecuda_no_faults(void) {
   LOCK;
-  held_group = NO_GROUP;
+  held_group = slow_group = NO_GROUP;
   malloc_calls = launches = faults = (Fault){0};
   memory_limit = SIZE_MAX;
   device_fault = cudaSuccess;
