@@ -2,12 +2,15 @@
 """StepTimes: what is learnt from the steps that ended."""
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from vllm_duet.plan import DuetPlan, Mode
 from vllm_duet.policy import AGGREGATED_STEP, DECODE_LANE, DECODE_ONLY, PREFILL_LANE
 from vllm_duet.roofline import StepTimeCorrection
 from vllm_duet.step_times import StepTimes
+from vllm_duet.watch import LaneWatch
 
 
 class Clock:
@@ -86,7 +89,7 @@ def test_load_has_the_share_of_tokens_after_a_join() -> None:
         for _ in range(2):
             times.scheduled(decodes, DECODE_LANE)
             times.ended(decodes)
-        times.prefill_ended(1.0, 1.0, num_decoding=2)
+        times.prefill_ended(DuetPlan(Mode.SPLIT, ""), 1.0, num_decoding=2)
     assert times.load.joined == pytest.approx(0.01, rel=0.02)
     for _ in range(1000):
         times.scheduled(decodes, DECODE_ONLY)
@@ -124,7 +127,52 @@ def test_a_prefill_is_compared_with_the_time_of_its_lane() -> None:
     """Not with that until its join, which waits for a decode step to end."""
     correction = StepTimeCorrection(min_samples=1)
     times = StepTimes(correction, Clock())
-    times.prefill_ended(10.0, 20.0, num_decoding=0)
+    plan = DuetPlan(Mode.SPLIT, "", prefill_ms=10.0)
+    times.prefill_ended(plan, 20.0, num_decoding=0)
     assert correction.factor(PREFILL_LANE) == pytest.approx(2.0)
-    times.prefill_ended(10.0, 0.0, num_decoding=0)  # a lane that does not tell
+    times.prefill_ended(plan, 0.0, num_decoding=0)  # a lane that does not tell
     assert correction.factor(PREFILL_LANE) == pytest.approx(2.0)
+
+
+def test_gaps_beyond_the_bound_are_counted_by_mode() -> None:
+    clock = Clock()
+    times = StepTimes(None, clock, bound_ms=50)
+    # Two decode, and one has made no token yet.
+    made = SimpleNamespace(num_output_tokens=[3, 0, 1])
+    output = SimpleNamespace(num_scheduled_tokens={}, scheduled_cached_reqs=made)
+    for mode, kind, ms in (
+        (Mode.AGGREGATED, AGGREGATED_STEP, 60),
+        (Mode.CAPPED, AGGREGATED_STEP, 49),
+        (Mode.SPLIT, DECODE_LANE, 70),
+        (Mode.SPLIT, DECODE_LANE, 80),
+        (None, DECODE_ONLY, 51),
+    ):
+        times.scheduled(output, kind, plan=DuetPlan(mode, "") if mode else None)
+        clock.seconds += 1e-3 * ms
+        times.ended(output)
+    assert times.late_gaps == {Mode.AGGREGATED: 2, Mode.SPLIT: 4, DECODE_ONLY: 2}
+
+
+def test_the_watch_is_told_of_steps_beside_a_prefill() -> None:
+    clock, told = Clock(), list[Any]()
+    watch = SimpleNamespace(
+        step=lambda *args, **kwargs: told.append((*args, kwargs["decodes"])),
+        joined=lambda *args: told.append(args),
+        look=lambda: told.append("looks"),
+    )
+    times = StepTimes(None, clock, watch=cast(LaneWatch, watch))
+    plan = DuetPlan(Mode.SPLIT, "")
+    for kind, tokens in ((AGGREGATED_STEP, 1), (DECODE_LANE, 1), (DECODE_LANE, 0)):
+        output = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(range(tokens), 1))
+        times.scheduled(output, kind, 20.0, plan)
+        clock.seconds += 0.25
+        times.ended(output)
+    times.prefill_ended(plan, 30.0, num_decoding=1)
+    assert told == [
+        "looks",
+        (plan, 20.0, 250.0, True),
+        "looks",
+        (plan, 20.0, 250.0, False),
+        "looks",
+        (plan, 30.0),
+    ]

@@ -10,7 +10,6 @@ DuetStatLogger takes them out again before vLLM's own loggers see the stats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -18,6 +17,8 @@ from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_duet.plan import Mode
+from vllm_duet.policy import DECODE_ONLY
+from vllm_duet.step_times import StepTimes
 
 PREFIX = "vllm_duet:"
 
@@ -30,7 +31,10 @@ _SPLIT_US = f"{PREFIX}split_us"
 _LANE_BUSY_US = f"{PREFIX}lane_busy_us"
 _RATIO_PPM = f"{PREFIX}step_time_ratio_ppm"
 _SPLIT_POSSIBLE = f"{PREFIX}split_possible"
-
+_LATE_GAPS = f"{PREFIX}late_gaps"
+_LANE_IN_USE = f"{PREFIX}lane_in_use"
+_LANE_TAKEN_OUT = f"{PREFIX}lane_taken_out"
+_SPEEDUP_PPM = f"{PREFIX}split_speedup_ppm"
 
 Lane = Literal["decode", "prefill"]
 
@@ -71,26 +75,27 @@ class DuetCounters:
     def __init__(self) -> None:
         self._sent: dict[str, int] = {}
 
-    def entries(
-        self,
-        totals: DuetTotals,
-        split_possible: bool,
-        step_time_ratios: Mapping[str, float] | None = None,
-    ) -> dict[str, int]:
-        """Entries for ``num_kv_fetch_reqs_by_stage``; must be sent.
-
-        ``step_time_ratios`` are measured over forecast, by kind of step.
-        """
+    def entries(self, totals: DuetTotals, split_possible: bool, times: StepTimes) -> dict[str, int]:
+        """Entries for ``num_kv_fetch_reqs_by_stage``; must be sent."""
         now = {f"{_STEPS}:{mode}": steps for mode, steps in totals.steps.items()}
         now |= {_LAUNCHED: totals.launched, _JOINED: totals.joined, _FAILED: totals.failed}
         now[_SPLIT_US] = int(1e3 * totals.split_ms)
         for lane, busy_ms in totals.lane_busy_ms.items():
             now[f"{_LANE_BUSY_US}:{lane}"] = int(1e3 * busy_ms)
+        now |= {f"{_LATE_GAPS}:{mode}": gaps for mode, gaps in times.late_gaps.items()}
+        if (watch := times.watch) is not None:
+            for (sms, reason), count in watch.taken_out.items():
+                now[f"{_LANE_TAKEN_OUT}:{sms}:{reason}"] = count
         sent, self._sent = self._sent, now
         entries = {key: total - sent.get(key, 0) for key, total in now.items()}
         entries = {key: increment for key, increment in entries.items() if increment}
-        for kind, ratio in (step_time_ratios or {}).items():
+        ratios = times.correction.factors() if times.correction is not None else {}
+        for kind, ratio in ratios.items():
             entries[f"{_RATIO_PPM}:{kind}"] = int(1e6 * ratio)
+        if watch is not None:
+            entries |= {f"{_LANE_IN_USE}:{sms}": int(used) for sms, used in watch.in_use.items()}
+            if (speedup := watch.split_speedup) is not None:
+                entries[_SPEEDUP_PPM] = int(1e6 * speedup)
         return entries | {_SPLIT_POSSIBLE: int(split_possible)}
 
 
@@ -124,17 +129,46 @@ class DuetStatLogger(AggregateStatLoggerBase):
             labels,
             multiprocess_mode="mostrecent",
         )
-        self._ratio = Gauge(
-            f"{PREFIX}step_time_ratio",
-            "Measured over forecast time of a step, as learned; from it forecasts are corrected.",
-            ["kind", *labels],
-            multiprocess_mode="mostrecent",
+        late = Counter(
+            _LATE_GAPS,
+            "Gaps between two tokens of a request that were longer than the bound.",
+            ["mode", *labels],
         )
+        self._taken_out = Counter(
+            _LANE_TAKEN_OUT,
+            "Times that a decode lane was taken out of use.",
+            ["decode_sms", "reason", *labels],
+        )
+        # By the beginning of the key they travel under, after which come their labels.
+        self._gauges = {
+            _RATIO_PPM: Gauge(
+                f"{PREFIX}step_time_ratio",
+                "Measured over forecast time of a step, as learned; it corrects forecasts.",
+                ["kind", *labels],
+                multiprocess_mode="mostrecent",
+            ),
+            _LANE_IN_USE: Gauge(
+                _LANE_IN_USE,
+                "1 if steps may be split by the decode lane, 0 while it is out of use.",
+                ["decode_sms", *labels],
+                multiprocess_mode="mostrecent",
+            ),
+            _SPEEDUP_PPM: Gauge(
+                f"{PREFIX}split_speedup",
+                "What split steps did lately, over what whole ones would have done in the time.",
+                labels,
+                multiprocess_mode="mostrecent",
+            ),
+        }
         self._label_values = engines
         # By the key they travel under; made here, so that each starts at 0.
         self._counters = {
             index: {
                 **{f"{_STEPS}:{mode}": steps.labels(mode, *values) for mode in Mode},
+                **{
+                    f"{_LATE_GAPS}:{mode}": late.labels(mode, *values)
+                    for mode in (*Mode, DECODE_ONLY)
+                },
                 _LAUNCHED: launched.labels(*values),
                 _JOINED: joined.labels(*values),
                 _FAILED: failed.labels(*values),
@@ -160,20 +194,31 @@ class DuetStatLogger(AggregateStatLoggerBase):
         if scheduler_stats is None:
             return
         entries = scheduler_stats.num_kv_fetch_reqs_by_stage
-        counters = self._counters[engine_idx]
+        counters, engine = self._counters[engine_idx], self._label_values[engine_idx]
         for key in [key for key in entries if key.startswith(PREFIX)]:
             value = entries.pop(key)
             if key == _SPLIT_POSSIBLE:
                 self._split_possible[engine_idx].set(value)
-            elif key.startswith(_RATIO_PPM):
-                kind = key.removeprefix(f"{_RATIO_PPM}:")
-                self._ratio.labels(kind, *self._label_values[engine_idx]).set(1e-6 * value)
+                continue
+            series, labels = _series_of(key)
+            if series in self._gauges:
+                in_ppm = series in (_RATIO_PPM, _SPEEDUP_PPM)
+                gauge = self._gauges[series].labels(*labels, *engine)
+                gauge.set(1e-6 * value if in_ppm else value)
+            elif series == _LANE_TAKEN_OUT:
+                self._taken_out.labels(*labels, *engine).inc(value)
             else:
-                in_seconds = key.startswith((_SPLIT_US, _LANE_BUSY_US))
-                counters[key].inc(1e-6 * value if in_seconds else value)
+                in_us = series in (_SPLIT_US, _LANE_BUSY_US)
+                counters[key].inc(1e-6 * value if in_us else value)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: the scheduler has said at start-up what it cannot split."""
+
+
+def _series_of(key: str) -> tuple[str, list[str]]:
+    """``vllm_duet:steps:split`` is ``vllm_duet:steps`` and its labels."""
+    name, *labels = key.removeprefix(PREFIX).split(":")
+    return PREFIX + name, labels
 
 
 def unregister() -> None:

@@ -41,7 +41,9 @@ class DuetPlan:
     forecast time between tokens that a decoding user sees in this step,
     ``prefill_ms`` the forecast time until the prefill tokens are computed,
     ``tokens_per_s`` the forecast throughput, and ``decode_ms`` what the decodes would take
-    alone on all SMs.
+    alone on all SMs. ``whole_step_ms`` and ``whole_prefill_ms`` are what one of a SPLIT's decode
+    steps and its prefill would cost, corrected, by the best plan that does not split; 0 where
+    none keeps the bound.
     """
 
     mode: Mode
@@ -54,6 +56,8 @@ class DuetPlan:
     prefill_ms: float = 0.0
     tokens_per_s: float = 0.0
     decode_ms: float = 0.0
+    whole_step_ms: float = 0.0
+    whole_prefill_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

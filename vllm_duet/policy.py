@@ -394,6 +394,10 @@ class ForecastPolicy:
         # above an hour lets this prefill pass whole.
         self.decide([0], [1 << 28], [0], can_split=True)
 
+    def use_lanes(self, decode_sms: Sequence[int]) -> None:
+        """Split by these alone of ``self.decode_sms`` from now on, also behind a prefill."""
+        self._lane_sms = np.array(decode_sms, dtype=np.int64)
+
     def decide(
         self,
         decode_context_lens: Sequence[int],
@@ -433,7 +437,7 @@ class ForecastPolicy:
         prefill = self._roofline.prefill_summary(prefill_query_lens, prefill_context_lens)
         lanes = self._lane_sms if can_split else _NO_LANES
         if lane_in_use is not None:
-            lanes = np.array([lane_in_use], dtype=np.int64)
+            lanes = lanes[lanes == lane_in_use]
         mixed_ms, prefill_ms, decode_ms, step_ms, until_done_ms = self._roofline.plan_ms(
             decode, prefill, lanes
         )
@@ -486,6 +490,8 @@ class ForecastPolicy:
         split = max(keeping, key=_speedup_of, default=None)
         if split is not None and split.speedup > must_beat * best_mixed:
             tokens = split.steps * num_decodes + prefill_tokens
+            # Where no other plan keeps the bound, nothing is known of what it saves.
+            whole_step_ms, whole_prefill_ms = (max(0.0, price / best_mixed) for price in prices)
             return DuetPlan(
                 Mode.SPLIT,
                 reason,
@@ -496,6 +502,8 @@ class ForecastPolicy:
                 prefill_ms=split.prefill_ms,
                 tokens_per_s=1e3 * tokens / split.wall_ms,
                 decode_ms=decode_ms,
+                whole_step_ms=whole_step_ms,
+                whole_prefill_ms=whole_prefill_ms,
             )
         whole = cap == prefill_tokens
         return DuetPlan(

@@ -17,7 +17,7 @@ A step goes one of three ways through ``schedule``:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
@@ -68,6 +68,7 @@ from vllm_duet.roofline import StepTimeCorrection
 from vllm_duet.step_times import StepTimes
 from vllm_duet.support import deciding_blockers, reported_lanes, reported_roofline, split_blockers
 from vllm_duet.version import __version__
+from vllm_duet.watch import LaneWatch
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
 
@@ -97,10 +98,9 @@ class DuetScheduler(AsyncScheduler):
         if lanes.obstacle and not self._blockers:
             self._blockers.append(lanes.obstacle)
         learns = self.duet_config.correction and self.duet_config.mode == "auto"
-        self._step_times = StepTimes(StepTimeCorrection() if learns else None)
-        self._policy = make_policy(
-            self.duet_config, vllm_config, self._step_times.correction, lanes.decode_sms
-        )
+        correction = StepTimeCorrection() if learns else None
+        policy = make_policy(self.duet_config, vllm_config, correction, lanes.decode_sms)
+        self._decide_by(policy, correction, time.monotonic)
         self._kv_blocks = KVBlocks(self.kv_cache_manager, self.kv_cache_config, lanes.lost_blocks)
         self._num_capped_decodes = 0
         self._load, self._lane_step_ms = IDLE, 0.0
@@ -124,6 +124,19 @@ class DuetScheduler(AsyncScheduler):
             )
 
     # Deciding
+
+    def _decide_by(
+        self,
+        policy: Policy | None,
+        correction: StepTimeCorrection | None,
+        clock: Callable[[], float],
+    ) -> None:
+        """Ask ``policy`` from now on, and compare steps with its forecasts."""
+        watch = None
+        if isinstance(policy, ForecastPolicy) and policy.decode_sms and not self._blockers:
+            watch = LaneWatch(policy.decode_sms, policy.use_lanes, correction, clock)
+        self._policy: Policy | None = policy
+        self._step_times = StepTimes(correction, clock, self.duet_config.tbt_slo_ms, watch)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._in_flight:
@@ -158,7 +171,7 @@ class DuetScheduler(AsyncScheduler):
             plan, as_planned = replace(plan, mode=Mode.AGGREGATED), False
         forecast_ms = plan.tbt_ms if as_planned else 0.0
         self._step_times.scheduled(
-            output, _kind_of(output), forecast_ms, prompts_wait=bool(self.waiting)
+            output, _kind_of(output), forecast_ms, plan, prompts_wait=bool(self.waiting)
         )
         self.totals.steps[plan.mode] += 1
         return output
@@ -288,7 +301,7 @@ class DuetScheduler(AsyncScheduler):
         if behind:
             join = Join.IF_DONE if decode.num_scheduled_tokens else Join.WAIT
         decode.duet = StepDirective(launch=launch, join=join, decode_sms=plan.decode_sms)
-        self._step_times.scheduled(decode, DECODE_LANE)
+        self._step_times.scheduled(decode, DECODE_LANE, plan=plan)
         return decode
 
     def _reads_what_is_decoded(self, prefill: SchedulerOutput, decode: SchedulerOutput) -> bool:
@@ -327,7 +340,7 @@ class DuetScheduler(AsyncScheduler):
         if output.total_num_scheduled_tokens:
             join, forecast_ms = Join.IF_DONE, prefill.plan.tbt_ms
             self.totals.steps[Mode.SPLIT] += 1
-        self._step_times.scheduled(output, DECODE_LANE, forecast_ms)
+        self._step_times.scheduled(output, DECODE_LANE, forecast_ms, prefill.plan)
         output.duet = StepDirective(join=join, decode_sms=prefill.plan.decode_sms)
         return output
 
@@ -413,9 +426,7 @@ class DuetScheduler(AsyncScheduler):
             correction = self._step_times.correction
             factor = correction.factor(DECODE_LANE) if correction else 1.0
             self._lane_step_ms = prefill.plan.tbt_ms * factor
-            self._step_times.prefill_ended(
-                prefill.plan.prefill_ms, joined.prefill_busy_ms, decoding
-            )
+            self._step_times.prefill_ended(prefill.plan, joined.prefill_busy_ms, decoding)
         for request in held:
             behind = any(request.request_id in other for other in self._in_flight)
             stays = behind or (self._in_flight and request.is_prefill_chunk)
@@ -506,9 +517,8 @@ class DuetScheduler(AsyncScheduler):
         # The statistics of a join are those of the step that carried it back.
         stats = None if self._joining else super().make_stats(*args, **kwargs)
         if stats is not None:
-            correction = self._step_times.correction
             stats.num_kv_fetch_reqs_by_stage |= self._counters.entries(
-                self.totals, not self._blockers, correction.factors() if correction else None
+                self.totals, not self._blockers, self._step_times
             )
         return stats
 

@@ -88,6 +88,10 @@ class StepTimeCorrection:
         state.bias += weight * residual
         state.scale += weight * (abs(residual) - state.scale)
 
+    def forget(self, kind: str) -> None:
+        """Begin anew with steps of a kind."""
+        self._kinds.pop(kind, None)
+
     def factor(self, kind: str, default: float = 1.0) -> float:
         """Measured over predicted, typically; ``default`` until ``min_samples`` steps."""
         state = self._kinds.get(kind)

@@ -35,7 +35,6 @@ from vllm_duet.roofline import (
 )
 from vllm_duet.scheduler import DuetScheduler
 from vllm_duet.sim.engine import SimulatedClock
-from vllm_duet.step_times import StepTimes
 from vllm_duet.support import LIMITS, deciding_blockers
 
 PolicyFactory = Callable[[Roofline, PolicyLimits, StepTimeCorrection], Policy]
@@ -74,8 +73,8 @@ class SimulatedDuetScheduler(DuetScheduler):
             if limit.about == "model" and limit.applies(self.vllm_config, self.kv_cache_config)
         ]
         correction = StepTimeCorrection()
-        self._step_times = StepTimes(correction, clock)
-        self._policy = None if deciding_blockers(self.vllm_config) else policy(correction)
+        decides = not deciding_blockers(self.vllm_config)
+        self._decide_by(policy(correction) if decides else None, correction, clock)
         self._follows = follows
 
     def _plan_to_follow(self, prefill: InFlightPrefill) -> DuetPlan | None:
