@@ -21,7 +21,10 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_duet import metrics, plugin
 from vllm_duet.metrics import PREFIX, DuetCounters, DuetStatLogger, DuetTotals
-from vllm_duet.plan import Mode
+from vllm_duet.plan import DuetPlan, Mode
+from vllm_duet.roofline import StepTimeCorrection
+from vllm_duet.step_times import StepTimes
+from vllm_duet.watch import LaneWatch
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,7 @@ def entries(
     counters: DuetCounters, launched: int = 0, joined: int = 0, possible: bool = True, **steps: int
 ) -> Any:
     by_mode = {mode: steps.get(mode, 0) for mode in Mode}
-    return counters.entries(DuetTotals(by_mode, launched, joined), possible)
+    return counters.entries(DuetTotals(by_mode, launched, joined), possible, StepTimes(None))
 
 
 def crossed(entries: dict[str, int]) -> SchedulerStats:
@@ -110,7 +113,8 @@ def test_the_time_lanes_were_busy_becomes_seconds():
         totals.split_ms += 250.0
         totals.lane_busy_ms["decode"] += 0.4
         totals.lane_busy_ms["prefill"] += 200.0
-        logger.record(crossed(counters.entries(totals, split_possible=True)), None)
+        sent = counters.entries(totals, split_possible=True, times=StepTimes(None))
+        logger.record(crossed(sent), None)
     assert series("prefills_failed_total") == 3
     assert series("split_seconds_total") == pytest.approx(0.75)
     assert series("lane_busy_seconds_total", lane="decode") == pytest.approx(0.0012)
@@ -121,11 +125,42 @@ def test_how_far_forecasts_are_off_is_told_by_kind_of_step():
     logger = DuetStatLogger(config())
     counters = DuetCounters()
     for ratio in (1.25, 1.5):
-        sent = counters.entries(DuetTotals(), True, {"decode_lane": ratio, "aggregated": 0.9})
-        logger.record(crossed(sent), None)
+        times = StepTimes(StepTimeCorrection(min_samples=1))
+        times.correction.observe(1.0, ratio, "decode_lane")
+        times.correction.observe(1.0, 0.9, "aggregated")
+        logger.record(crossed(counters.entries(DuetTotals(), True, times)), None)
     assert series("step_time_ratio", kind="decode_lane") == pytest.approx(1.5)
     assert series("step_time_ratio", kind="aggregated") == pytest.approx(0.9)
     assert series("step_time_ratio", kind="prefill_lane") is None
+
+
+def test_lanes_and_late_gaps_become_series():
+    logger, counters, now = DuetStatLogger(config()), DuetCounters(), [0.0]
+    watch = LaneWatch([16, 32], lambda _: None, None, lambda: now[0])
+    times = StepTimes(None, watch=watch)
+    assert series("late_gaps_total", mode="capped") == 0
+    assert series("late_gaps_total", mode="decode_only") == 0
+
+    def record() -> None:
+        logger.record(crossed(counters.entries(DuetTotals(), True, times)), None)
+
+    times.late_gaps[Mode.CAPPED] += 3
+    record()
+    assert series("late_gaps_total", mode="capped") == 3
+    assert series("lane_in_use", decode_sms="16") == series("lane_in_use", decode_sms="32") == 1
+    assert series("split_speedup") is None  # there was no split
+    plan = DuetPlan(Mode.SPLIT, "", decode_sms=16, whole_step_ms=800.0, whole_prefill_ms=1.0)
+    for _ in range(70):
+        watch.step(plan, 0.0, 1000.0, decodes=True)
+    record()
+    assert series("split_speedup") == pytest.approx(0.8)
+    now[0] += 100
+    watch.look()
+    for _ in range(2):
+        record()
+    assert series("lane_in_use", decode_sms="16") == series("lane_in_use", decode_sms="32") == 0
+    reason = {"reason": "does_not_pay"}
+    assert series("lane_taken_out_total", decode_sms="32", **reason) == 1
 
 
 def test_the_names_are_those_of_the_documentation():

@@ -451,6 +451,43 @@ def test_a_prefill_that_follows_has_the_lane_of_the_one_in_flight() -> None:
     assert case.decide(PolicyLimits(5.0), lane_in_use=56).mode is not Mode.SPLIT
 
 
+def test_a_lane_that_is_out_of_use_is_in_no_plan() -> None:
+    case = Case(roofline_of(), [4300] * 80, [8192 - 80], [0], BUSY)
+    batch = case.decode_contexts, case.queries, case.contexts
+    policy = ForecastPolicy(case.roofline, PolicyLimits(100.0, decode_sms=(48, 56)))
+
+    def lane_of(**kwargs: int) -> int:
+        return policy.decide(*batch, can_split=True, load=case.load, **kwargs).decode_sms
+
+    best = lane_of()
+    assert best and lane_of(lane_in_use=best) == best
+    others = [sms for sms in policy.decode_sms if sms != best]
+    policy.use_lanes(others)
+    assert lane_of() in others
+    assert lane_of(lane_in_use=best) == 0  # nor behind the prefill that is still on it
+    policy.use_lanes([])
+    assert lane_of() == 0
+    policy.use_lanes(policy.decode_sms)
+    assert lane_of() == best
+
+
+def test_a_split_says_what_its_work_would_cost_without() -> None:
+    case = Case(roofline_of(), [4300] * 80, [8192 - 80], [0], BUSY)
+    plan = case.decide(PolicyLimits(1000.0))
+    step_ms, prefill_ms = case.pair_ms(plan.decode_sms)
+    # Of a mixed step that keeps the bound it is the price, and adds up to its time.
+    assert plan.whole_step_ms + plan.whole_prefill_ms == pytest.approx(case.mixed_ms())
+    steps = ceil(prefill_ms / step_ms) + 1
+    work_ms = steps * plan.whole_step_ms + plan.whole_prefill_ms
+    assert work_ms / (steps * step_ms) == pytest.approx(case.speedup(plan))
+    # Where the mixed step breaks the bound, the rival is a capped one.
+    limits = PolicyLimits(60.0)
+    bound, capped = case.decide(limits), case.decide(limits, can_split=False)
+    assert (bound.mode, capped.mode) == (Mode.SPLIT, Mode.CAPPED)
+    rival_ms = case.mixed_ms() / case.speedup(capped)
+    assert bound.whole_step_ms + bound.whole_prefill_ms == pytest.approx(rival_ms)
+
+
 def test_a_prefill_that_follows_waits_for_no_join() -> None:
     """One decode step's worth of prefill pays only behind another."""
     case = Case(roofline_of(), [4300] * 80, [1000], [0], BUSY)

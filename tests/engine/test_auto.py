@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
-from engine.scenarios import run_both
+from engine.scenarios import WatchedLanes, assert_blocks_kept, compare, run_both, serve_on
 from engine.workloads import cache_filling, random_mix
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from vllm_duet import watch
 from vllm_duet.plan import Mode
 from vllm_duet.policy import AGGREGATED_STEP
 from vllm_duet.scheduler import DuetScheduler
@@ -28,6 +31,34 @@ def test_a_tight_bound_takes_the_prefill_out_of_whole_steps(roomy):
     run_both(roomy, random_mix(22), "threaded", 2, **options)
     steps = roomy.core.scheduler.totals.steps
     assert steps[Mode.CAPPED] + steps[Mode.SPLIT] > 0
+
+
+@pytest.mark.parametrize("timing", ["early", "late", "threaded"])
+def test_tokens_stay_right_when_lanes_are_taken_out_while_in_use(roomy, monkeypatch, timing):
+    """A CPU is so much slower than an H100 that no split pays: at each look."""
+    monkeypatch.setattr(watch, "LOOK_S", 0.0)
+    monkeypatch.setattr(watch, "SPLIT_S", 1e-9)
+    monkeypatch.setattr(watch, "FIRST_PAUSE_S", 0.0)  # and at the next they are tried again
+    seen = Counter[str]()
+
+    def look(step, scheduler):
+        assert_blocks_kept(step, scheduler)
+        lanes = scheduler._step_times.watch
+        seen["steps"] += 1
+        seen["in flight, out of use"] += bool(scheduler._in_flight) and not any(
+            lanes.in_use.values()
+        )
+        seen["taken out"] = sum(lanes.taken_out.values())
+
+    arrivals = random_mix(24, num_requests=30)
+    options = dict(mode="auto", gpu_profile="h100-sxm", correction=False, tbt_slo_ms=0.395)
+    stock = roomy.run(arrivals, AsyncScheduler)
+    duet = serve_on(WatchedLanes(timing, 4), roomy, arrivals, on_step=look, **options)
+    for arrival in arrivals:
+        compare(stock[arrival.request_id], duet[arrival.request_id])
+    assert seen["in flight, out of use"] > 0
+    # They are used again: each time takes out three lanes.
+    assert seen["taken out"] > 3
 
 
 def test_without_a_profile_every_step_is_vllms(roomy):

@@ -25,14 +25,15 @@ def hold_steps() -> int:
     return HOLD_STEPS
 
 
-@pytest.fixture(scope="module")  # four servers take a third of a small machine's memory
+@pytest.fixture(scope="module")  # five servers take a third of a small machine's memory
 def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The addresses of servers of one model: stock vLLM, always split, random plans, and
-    always split with a prefill lane that fails."""
+    """The addresses of servers of one model: stock vLLM, always split, random plans, plans by
+    forecast, and always split with a prefill lane that fails. No gap is within the bound."""
     one_process = ["--distributed-executor-backend", "uni"]  # for engine core and worker
     duet = {
         "stock": one_process,
-        "split": duet_options(mode="split", serial_hold_steps=HOLD_STEPS),
+        "split": duet_options(mode="split", tbt_slo_ms=0.01, serial_hold_steps=HOLD_STEPS),
+        "auto": one_process + duet_options(gpu_profile="h100-sxm", tbt_slo_ms=0.01),
         "random": one_process + duet_options(mode="random", seed=1, serial_timing="threaded"),
         "failing": duet_options(mode="split", serial_hold_steps=HOLD_STEPS),
     }

@@ -150,20 +150,38 @@ async def test_a_prefill_that_fails_is_an_error_for_its_client_alone(servers):
         assert "vllm_duet:prefills_failed_total" in (await duet.get("/metrics")).text
 
 
-async def test_metrics_tell_what_the_lanes_did(servers):
-    """Runs last: the tests above have kept both lanes busy."""
-    async with connect(servers["split"]) as duet:
-        text = (await duet.get("/metrics")).text
-    found = {
-        (sample.name, sample.labels.get("lane") or sample.labels.get("mode")): sample.value
-        for family in text_string_to_metric_families(text)
+async def series(client: httpx.AsyncClient) -> dict[tuple[str, str | None], float]:
+    """Ours, by name and the label that is neither of the model nor of the engine."""
+    return {
+        (
+            sample.name,
+            next((v for k, v in sample.labels.items() if k not in ("model_name", "engine")), None),
+        ): sample.value
+        for family in text_string_to_metric_families((await client.get("/metrics")).text)
         for sample in family.samples
         if sample.name.startswith("vllm_duet:")
     }
+
+
+async def test_metrics_tell_which_lanes_are_in_use(servers):
+    rng = random.Random(4)
+    requests = [make_request(rng, 20 + i, 30) for i in range(4)]
+    async with connect(servers["auto"]) as duet, connect(servers["stock"]) as stock:
+        assert await answers(duet, requests) == await answers(stock, requests)
+        found = await series(duet)
+    assert [found["vllm_duet:lane_in_use", sms] for sms in ("16", "32", "56")] == [1, 1, 1]
+    assert found["vllm_duet:late_gaps_total", "decode_only"] > 0
+
+
+async def test_metrics_tell_what_the_lanes_did(servers):
+    """Runs last: the tests above have kept both lanes busy."""
+    async with connect(servers["split"]) as duet:
+        found = await series(duet)
     launched = found["vllm_duet:prefills_launched_total", None]
     assert launched > 0 and found["vllm_duet:prefills_joined_total", None] == launched
     assert found["vllm_duet:prefills_failed_total", None] == 0
     assert found["vllm_duet:steps_total", "split"] > launched
+    assert found["vllm_duet:late_gaps_total", "split"] > found["vllm_duet:steps_total", "split"]
     busy_s = [found["vllm_duet:lane_busy_seconds_total", lane] for lane in ("decode", "prefill")]
     # These lanes take turns.
     assert min(busy_s) > 0 and sum(busy_s) < found["vllm_duet:split_seconds_total", None]
