@@ -2,7 +2,7 @@
 # make test     everything that checks a change: ruff, mypy, pytest (ARGS="-k name")
 # make check    the same
 # make quick    the same without the engine and the server: about a minute
-# make demo     a real server on this machine's CPU, splitting steps
+# make demo     real servers on this machine's CPU: tokens of split steps, and what a bound does
 # make test-vllm VLLM=0.33.0
 #               what touches vLLM, on another release: its Python, over the CPU kernels of
 #               the release that is tested otherwise
@@ -58,7 +58,7 @@ bench-cadence: $(FAKE_GPU)/libcuda.so.1
 	$(ON_FAKE_GPU) python eval/bench_cadence.py --kernel-us "0 8 15" \
 	  --out eval/results/cadence.json
 
-demo: $(READY) $(MODEL)
+demo: $(MODEL) $(PLAIN)/.ready
 	@$(BIN)/python examples/demo.py --port $(PORT)
 
 lint: $(READY)

@@ -19,17 +19,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import httpx
 import numpy as np
 import typer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-from cpu_server import VllmServer, duet_options  # noqa: E402
+from cpu_load import Request, as_clients_saw, send_all  # noqa: E402
+from cpu_server import PlainServer, duet_options  # noqa: E402
 
 RESULTS = ROOT / "eval" / "results" / "cpu_serving.json"
 LIMITS = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16")
@@ -38,26 +37,11 @@ BOUND_MS = 250.0
 VOCABULARY = range(100, 40_000)
 
 
-class PlainServer(VllmServer):
-    python = str(ROOT / ".venv-plain/bin/python")  # of `make test`
+class Server(PlainServer):
     machine_options = LIMITS
-    machine_environment: ClassVar = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
+    machine_environment: ClassVar = PlainServer.machine_environment | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")]),
     }
-
-
-@dataclass(slots=True)
-class Request:
-    """As its client saw it; seconds since the run began."""
-
-    arrival_s: float
-    prompt: list[int]
-    max_tokens: int
-    token_s: list[float] = field(default_factory=list)
 
 
 def load(seed: int, count: int, rate: float) -> list[Request]:
@@ -70,50 +54,10 @@ def load(seed: int, count: int, rate: float) -> list[Request]:
     return requests
 
 
-async def send(client: httpx.AsyncClient, request: Request, began: float) -> None:
-    await asyncio.sleep(max(0.0, began + request.arrival_s - time.monotonic()))
-    body = {
-        "model": "model",
-        "prompt": request.prompt,
-        "max_tokens": request.max_tokens,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                tokens = json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
-                request.token_s += [time.monotonic() - began] * len(tokens or ())
-
-
-async def send_all(url: str, requests: Sequence[Request]) -> None:
-    async with httpx.AsyncClient(base_url=url, timeout=900) as client:
-        # The first requests of a server wait for what it loads late.
-        await send(client, Request(0.0, [5] * 40, 8), time.monotonic())
-        began = time.monotonic()
-        await asyncio.gather(*(send(client, request, began) for request in requests))
-
-
 def served(model: Path, options: Sequence[str], requests: list[Request], **variables: str) -> None:
-    with PlainServer(model, options, environment=variables) as server:
+    with Server(model, options, environment=variables) as server:
         server.wait_until_ready()
         asyncio.run(send_all(server.url, requests))
-
-
-def as_clients_saw(requests: Sequence[Request]) -> dict[str, float]:
-    gaps = np.concatenate([np.diff(request.token_s) for request in requests])
-    ttft = np.array([request.token_s[0] - request.arrival_s for request in requests])
-    last = max(request.token_s[-1] for request in requests)
-    return {
-        "p50_tbt_ms": 1e3 * float(np.median(gaps)),
-        "p99_tbt_ms": 1e3 * float(np.quantile(gaps, 0.99)),
-        "worst_gap_ms": 1e3 * float(gaps.max()),
-        "mean_ttft_s": float(ttft.mean()),
-        "p99_ttft_s": float(np.quantile(ttft, 0.99)),
-        "tokens_per_s": sum(len(request.token_s) for request in requests) / last,
-    }
 
 
 def forecasts(model: Path, seed: int, count: int, rate: float) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real vLLM server on this machine's CPU, for the demo and the HTTP tests.
+"""Real vLLM servers on this machine's CPU, for the demo, the tests and eval/cpu_serving.py.
 
     with CpuServer(model, duet_options(mode="split")) as server:
         server.wait_until_ready()
         httpx.get(f"{server.url}/metrics")
 
-Model Runner V2 runs here as on a GPU, with its Triton kernels in Triton's
-interpreter; tests/triton_interpreter must be installed.
+CpuServer is for tokens: Model Runner V2 runs as on a GPU, with its Triton kernels in Triton's
+interpreter; tests/triton_interpreter must be installed. PlainServer is for times: vLLM's
+CPU build as users have it, out of the environment that `make test` keeps for it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from typing import Any, ClassVar, Self
 
 import httpx
 
+PLAIN_PYTHON = Path(__file__).parent.parent / ".venv-plain/bin/python"
+
 ENVIRONMENT = {
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several servers may share the cores
     "VLLM_NO_USAGE_STATS": "1",
@@ -171,4 +172,14 @@ class CpuServer(VllmServer):
     """On this machine's CPU, with Model Runner V2."""
 
     machine_options = CPU_OPTIONS
+    machine_environment: ClassVar = ENVIRONMENT | {
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+    }
+
+
+class PlainServer(VllmServer):
+    """On this machine's CPU, with vLLM's own runner for it."""
+
+    python = str(PLAIN_PYTHON)
     machine_environment = ENVIRONMENT

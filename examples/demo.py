@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: a chat answer streams while long prompts arrive and steps are split.
+"""`make demo`: answers stream while long prompts arrive, from real servers on this machine's CPU.
 
-The same requests go to two real vLLM servers on this machine's CPU, one after
-the other: stock, and with DuetScheduler told to split wherever it can. Shown are
-the answer as it streams, the steps by mode, and whether every token is stock
-vLLM's. A CPU runs the two lanes one after the other, so this shows that
+First what splitting gives: the same requests go to stock vLLM and to DuetScheduler told to
+split wherever it can. Shown are an answer as it streams, the steps by mode, and whether every
+token is stock vLLM's. A CPU runs the two lanes one after the other, so this shows that
 splitting is exact, not that it is fast.
+
+Then what a bound does, in numbers: vLLM's plain CPU build, stock and with DuetScheduler as it
+ships, which CAPS prompts there. The same requests arrive at the same times.
 """
 
 from __future__ import annotations
@@ -16,21 +18,25 @@ import json
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-from cpu_server import CpuServer, duet_options, port_is_busy
+from cpu_load import Request, as_clients_saw, send_all
+from cpu_server import CpuServer, PlainServer, VllmServer, duet_options, port_is_busy
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from smollm2 import prepare
 
 DEFAULT_PORT = 8765
 NEEDED_GIB = 6
 STEPS = "vllm_duet:steps"
+SYSTEMS = "stock vLLM", "vllm-duet"
 
 QUESTION = "Explain in a few sentences why the sky is blue."
 ANSWER_TOKENS = 60
@@ -41,9 +47,17 @@ NUM_DOCUMENTS = 3
 DOCUMENT_CHARACTERS = 2500
 SUMMARY_TOKENS = 6
 
-OPTIONS = ["--max-model-len", "2048", "--max-num-batched-tokens", "256", "--max-num-seqs", "8"]
 # In bfloat16 the likeliest token can depend on who shares the batch, split or not.
-OPTIONS += ["--dtype", "float32"]
+OPTIONS = ["--dtype", "float32", "--max-num-seqs", "8", "--max-model-len"]
+SPLIT_OPTIONS = [*OPTIONS, "2048", "--max-num-batched-tokens", "256"]
+BOUND_OPTIONS = [*OPTIONS, "4096", "--enforce-eager"]
+
+BOUND_MS = 250.0
+NUM_STREAMS = 3
+STREAM_TOKENS = 250
+NUM_LONG_PROMPTS = 4
+LONG_PROMPT_CHARACTERS = 6000
+LONG_PROMPT_EVERY_S = 5.0
 
 console = Console(highlight=False)
 
@@ -62,7 +76,7 @@ class Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: steps were split, and every token was stock vLLM's; 2: cannot run here."""
-    parser = argparse.ArgumentParser(description="A chat answer streams while steps are split.")
+    parser = argparse.ArgumentParser(description="Answers stream while long prompts arrive.")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="(default: %(default)s)")
     port = parser.parse_args(arguments).port
     # As Ctrl-C, so that the server is stopped too.
@@ -75,9 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         model = prepare()
-        stock = ask_server("1 of 2: stock vLLM", model, port, [])
-        duet = ask_server("2 of 2: DuetScheduler", model, port, duet_options(mode="split"))
-        return report(stock, duet)
+        equal = split_steps(model, port)
+        return 0 if keep_a_bound(model, port) and equal else 1
     except KeyboardInterrupt:
         console.print("\nStopped.")
         return 130
@@ -88,25 +101,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check_machine(port: int) -> None:
     """Raises DemoError now for what would go wrong a minute later."""
-    if port_is_busy(port):
-        raise DemoError(f"Port {port} is busy; choose another, as in: make demo PORT={port + 1}")
+    if busy := [number for number in (port, port + 1) if port_is_busy(number)]:
+        raise DemoError(f"Port {busy[0]} is busy; choose another, as in: make demo PORT={port + 2}")
     free_gib = psutil.virtual_memory().available / 2**30
     if free_gib < NEEDED_GIB:
         raise DemoError(f"The demo needs {NEEDED_GIB} GiB of memory; {free_gib:.1f} GiB are free.")
 
 
-def ask_server(title: str, model: Path, port: int, options: list[str]) -> Outcome:
-    """Start a server, send it the demo's requests, and stop it again."""
-    console.rule(title)
-    with CpuServer(model, [*OPTIONS, *options], port) as server:
-        waiting = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
+def split_steps(model: Path, port: int) -> bool:
+    """Whether steps were split, and every token was stock vLLM's."""
+    console.rule("1 of 2: are the tokens of split steps stock vLLM's?")
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(CpuServer(model, [*SPLIT_OPTIONS, *options], port + number))
+            for number, options in enumerate(([], duet_options(mode="split")))
+        ]
+        wait_for(*servers)
+        outcomes = []
+        for name, server in zip(SYSTEMS, servers, strict=True):
+            console.print(f"[bold]{name}[/bold]")
+            outcomes.append(asyncio.run(ask(server.url)))
+    return report(*outcomes)
+
+
+def keep_a_bound(model: Path, port: int) -> bool:
+    """Show what clients see of both; whether their tokens were the same."""
+    console.rule(f"2 of 2: what does a bound of {BOUND_MS:.0f} ms between tokens do?")
+    answered = []
+    table = Table("", "gap, p99", "longest gap", "time to first token", "tokens/s")
+    with ExitStack() as stack:
+        servers = []
+        for number, options in enumerate(([], duet_options(tbt_slo_ms=BOUND_MS))):
+            server = PlainServer(model, [*BOUND_OPTIONS, *options], port + number)
+            # One by one: vllm-duet times some steps at its start.
+            servers.append(stack.enter_context(server))
+            wait_for(server)
+        for name, server in zip(SYSTEMS, servers, strict=True):
+            requests = streams_and_long_prompts()
+            with waiting(f"{name}: {NUM_STREAMS} streams, {NUM_LONG_PROMPTS} long prompts"):
+                asyncio.run(send_all(server.url, requests, temperature=0))
+            answered.append([request.tokens for request in requests])
+            seen = as_clients_saw(requests)
+            table.add_row(
+                name,
+                f"{seen['p99_tbt_ms']:.0f} ms",
+                f"{seen['worst_gap_ms']:.0f} ms",
+                f"{seen['mean_ttft_s']:.1f} s",
+                f"{seen['tokens_per_s']:.1f}",
+            )
+    console.print(table)
+    return compare(*answered)
+
+
+def streams_and_long_prompts() -> list[Request]:
+    """Chats that go on while, every few seconds, a long document is to be read."""
+    text = DOCUMENT.read_text()
+    streams = [
+        Request(0.2 * i, f"{i}. {QUESTION}", STREAM_TOKENS) for i in range(1, NUM_STREAMS + 1)
+    ]
+    starts = range(0, 1000 * NUM_LONG_PROMPTS, 1000)
+    return streams + [
+        Request(
+            LONG_PROMPT_EVERY_S * (i + 0.5),
+            "Summarise: " + text[start : start + LONG_PROMPT_CHARACTERS],
+            SUMMARY_TOKENS,
         )
-        with waiting:
-            task = waiting.add_task("Starting the server (about a minute)", total=1)
+        for i, start in enumerate(starts)
+    ]
+
+
+def waiting(what: str) -> Progress:
+    progress = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
+    )
+    progress.add_task(what, total=None)
+    return progress
+
+
+def wait_for(*servers: VllmServer) -> None:
+    with waiting("Starting"):
+        for server in servers:
             server.wait_until_ready()
-            waiting.update(task, completed=1)
-        return asyncio.run(ask(server.url))
 
 
 async def ask(url: str) -> Outcome:
@@ -176,21 +251,24 @@ def steps_by_mode(metrics: str) -> dict[str, int]:
     }
 
 
-def report(stock: Outcome, duet: Outcome) -> int:
-    """Print what was shown, and return the exit code."""
-    console.rule("Result")
+def report(stock: Outcome, duet: Outcome) -> bool:
+    """Print what was shown; whether it is what it should be."""
     steps = ", ".join(f"{count} {mode}" for mode, count in duet.steps.items())
     console.print(f"Steps by mode: {steps or 'none reported'}")
-    differing = sum(a != b for a, b in zip(stock.answers, duet.answers, strict=True))
+    if not duet.steps.get("split"):
+        console.print("[red]No step was split.[/]")
+    return compare(stock.answers, duet.answers) and bool(duet.steps.get("split"))
+
+
+def compare(stock: list[list[int]], duet: list[list[int]]) -> bool:
+    """Say whether the answers are the same."""
+    differing = sum(a != b for a, b in zip(stock, duet, strict=True))
     if differing:
-        console.print(f"[red]{differing} of {len(duet.answers)} answers are not stock vLLM's.[/]")
-    elif not duet.steps.get("split"):
-        console.print("[red]The tokens are stock vLLM's, but no step was split.[/]")
+        console.print(f"[red]{differing} of {len(duet)} answers are not stock vLLM's.[/]")
     else:
-        count = sum(map(len, duet.answers))
-        console.print(f"[green]All {count} tokens of {len(duet.answers)} answers are stock's.[/]")
-        return 0
-    return 1
+        count = sum(map(len, duet))
+        console.print(f"[green]All {count} tokens of {len(duet)} answers are stock vLLM's.[/]")
+    return not differing
 
 
 if __name__ == "__main__":

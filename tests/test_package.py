@@ -16,7 +16,14 @@ from vllm_duet.config import DuetConfig
 
 @pytest.mark.parametrize(
     "module",
-    ["vllm_duet", "vllm_duet.cli", "vllm_duet.config", "vllm_duet.policy", "vllm_duet.roofline"],
+    [
+        "vllm_duet",
+        "vllm_duet.cli",
+        "vllm_duet.config",
+        "vllm_duet.policy",
+        "vllm_duet.roofline",
+        "vllm_duet.watch",
+    ],
 )
 def test_imports_neither_torch_nor_vllm(module: str):
     code = f"import sys, {module}; assert not {{'torch', 'vllm'}} & set(sys.modules)"

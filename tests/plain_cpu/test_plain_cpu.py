@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import pytest
 import yaml
-from cpu_server import VllmServer, duet_options
+from cpu_server import PLAIN_PYTHON, PlainServer, duet_options
 from prometheus_client.parser import text_string_to_metric_families
 from streaming import Request, answers, connect, make_request
 from tiny_model import make_tiny_model
@@ -27,21 +27,14 @@ from tiny_model import make_tiny_model
 import vllm_duet
 from vllm_duet.roofline import Batch, GpuProfile, ModelShape, Roofline
 
-PYTHON = Path(__file__).parents[2] / ".venv-plain/bin/python"
 LIMITS = "--dtype float32 --max-model-len 1024 --max-num-batched-tokens 256 --max-num-seqs 16"
 TIGHT_BOUND_MS = 0.01
 """Which no step keeps, on whatever CPU; so prompts are capped where there is a forecast."""
 OF_THE_SHIM = ("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
 
 
-class PlainServer(VllmServer):
-    python = str(PYTHON)
-    machine_environment: ClassVar = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-    }
+class TellingServer(PlainServer):
+    machine_environment: ClassVar = PlainServer.machine_environment | {"VLLM_LOGGING_LEVEL": "INFO"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,7 +84,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plai
     with ExitStack() as stack:
         started = {
             name: stack.enter_context(
-                PlainServer(
+                TellingServer(
                     model,
                     ["--skip-tokenizer-init", *LIMITS.split(), *own],
                     environment=measured if name == "measured" else None,
@@ -162,7 +155,7 @@ def test_one_line_of_the_log_says_so(servers, name: str, said: str) -> None:
 def test_the_gpus_worker_is_not_imported() -> None:
     """And the runner is vLLM's own, which the engine's process shows."""
     shown = subprocess.run(
-        [PYTHON, Path(__file__).parent / "show_engine.py"],
+        [PLAIN_PYTHON, Path(__file__).parent / "show_engine.py"],
         capture_output=True,
         text=True,
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
