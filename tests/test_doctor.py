@@ -115,10 +115,27 @@ def test_a_wrong_profile_is_an_obstacle_to_caps_too():
     assert said.startswith("The GPU profile cannot be used: no GPU profile 'h101'")
 
 
-def test_an_unknown_architecture_cannot_be_forecast(tmp_path: Path):
-    model = write_config(tmp_path, **LLAMA | {"architectures": ["MambaForCausalLM"]})
-    [obstacle] = Diagnosis.of(H100, model).obstacles[Mode.SPLIT]
-    assert "MambaForCausalLM" in obstacle
+def test_an_unknown_architecture_is_capped_by_what_the_start_measures(tmp_path: Path):
+    model = write_config(tmp_path, **LLAMA | {"architectures": ["FalconForCausalLM"]})
+    obstacles = Diagnosis.of(H100, model).obstacles
+    [obstacle] = obstacles[Mode.SPLIT]
+    assert "FalconForCausalLM" in obstacle
+    assert not obstacles[Mode.CAPPED]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["Mamba2ForCausalLM"], "state_size": 128},
+        {"architectures": ["BambaForCausalLM"], "mamba_d_state": 128},
+        {"architectures": ["Lfm9ForCausalLM"], "layer_types": ["attention", "linear_attention"]},
+        {"architectures": ["BertModel"]},
+    ],
+)
+def test_nor_is_one_that_keeps_a_state_or_streams_nothing(tmp_path: Path, config: dict[str, Any]):
+    obstacles = Diagnosis.of(H100, write_config(tmp_path, **LLAMA | config)).obstacles
+    [obstacle] = obstacles[Mode.CAPPED]
+    assert config["architectures"][0] in obstacle
 
 
 @pytest.mark.parametrize(

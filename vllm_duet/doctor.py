@@ -82,7 +82,13 @@ class Machine:
         }
 
 
-WRONG_PROFILE = "The GPU profile cannot be used"
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why there is no profile, or no shape, in a sentence. SPLIT needs both; ``forbids_caps``
+    where CAPPED cannot do with the steps that the start measures either."""
+
+    sentence: str
+    forbids_caps: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,9 @@ class Diagnosis:
 
     machine: Machine
     profile: GpuProfile | None = None
-    profile_problem: str | None = None
+    profile_problem: Problem | None = None
     shape: ModelShape | None = None
-    shape_problem: str | None = None
+    shape_problem: Problem | None = None
     model_obstacles: tuple[str, ...] = ()
 
     @classmethod
@@ -141,14 +147,12 @@ class Diagnosis:
                 f" vLLM takes {GPU_MEMORY_UTILIZATION:.0%} of the GPU's"
                 f" {machine.gpus[0].memory_bytes / 1e9:.1f} GB."
             )
-        profile, shape = ([p] if p else [] for p in (self.profile_problem, self.shape_problem))
-        # Steps are measured at start, so that a cap needs no profile; but a wrong one is an error.
-        wrong = [problem for problem in profile if problem.startswith(WRONG_PROFILE)]
+        problems = [p for p in (self.profile_problem, self.shape_problem) if p is not None]
         lanes = [*self.model_obstacles, *_lane_obstacles(machine)]
         return {
             Mode.AGGREGATED: engine,
-            Mode.CAPPED: engine + wrong + shape,
-            Mode.SPLIT: engine + profile + shape + lanes,
+            Mode.CAPPED: engine + [p.sentence for p in problems if p.forbids_caps],
+            Mode.SPLIT: engine + [p.sentence for p in problems] + lanes,
         }
 
     @property
@@ -185,27 +189,30 @@ def _lane_obstacles(machine: Machine) -> list[str]:
     return obstacles
 
 
-def _profile(machine: Machine, name: str | None) -> tuple[GpuProfile | None, str | None]:
+def _profile(machine: Machine, name: str | None) -> tuple[GpuProfile | None, Problem | None]:
     try:
         if name is not None:
             return GpuProfile.load(name), None
         if not machine.gpus:
-            return None, "No GPU: there is no profile to say how its SMs share the work."
+            return None, Problem("No GPU: there is no profile to say how its SMs share the work.")
         profile = GpuProfile.detect(machine.gpus[0].name)
     except ProfileError as error:
-        return None, f"{WRONG_PROFILE}: {error}."
+        # A server does not start with it.
+        return None, Problem(f"The GPU profile cannot be used: {error}.", forbids_caps=True)
     if profile is None:
-        return None, (
+        return None, Problem(
             f"No profile is shipped for {machine.gpus[0].name!r}: name one with the option"
             f" gpu_profile ({', '.join(GpuProfile.names())}, or a YAML file)."
         )
     num_sms = machine.gpus[0].num_sms
     if num_sms is not None and num_sms != profile.num_sms:
-        return None, f"Profile {profile.name} is of {profile.num_sms} SMs; this GPU has {num_sms}."
+        return None, Problem(
+            f"Profile {profile.name} is of {profile.num_sms} SMs; this GPU has {num_sms}."
+        )
     return profile, None
 
 
-def _model(path: Path) -> tuple[ModelShape | None, str | None, tuple[str, ...]]:
+def _model(path: Path) -> tuple[ModelShape | None, Problem | None, tuple[str, ...]]:
     """The shape, or why there is none, and what else in the config stands against SPLIT."""
     try:
         config = json.loads((path / "config.json" if path.is_dir() else path).read_text())
@@ -215,9 +222,24 @@ def _model(path: Path) -> tuple[ModelShape | None, str | None, tuple[str, ...]]:
         shape = ModelShape.from_hf_config(config)
         return shape, None, _model_obstacles(config, shape)
     except UnsupportedArchitectureError as error:
-        return None, f"The model's steps cannot be forecast: {error}.", obstacles
+        # Its loaded layers say what it is, where vLLM streams from it and they are attention.
+        forbids_caps = _keeps_a_state(config) or not _generates(config)
+        problem = Problem(f"The model's steps cannot be forecast: {error}.", forbids_caps)
+        return None, problem, obstacles
     except ValueError as error:
-        return None, f"The model's config cannot be used: {error}.", ()
+        return None, Problem(f"The model's config cannot be used: {error}.", forbids_caps=True), ()
+
+
+def _keeps_a_state(config: Mapping[str, Any]) -> bool:
+    """Whether some layers keep a state instead of keys and values, by what options are called."""
+    text = json.dumps(config).lower()
+    names = "mamba", "rwkv", "ssm_", "state_size", "linear_attention", "linear_conv"
+    return any(name in text for name in names)
+
+
+def _generates(config: Mapping[str, Any]) -> bool:
+    names = config.get("architectures") or ()
+    return any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in names)
 
 
 def _model_obstacles(config: Mapping[str, Any], shape: ModelShape | None = None) -> tuple[str, ...]:
