@@ -19,8 +19,8 @@ from vllm_duet.sim.results import latencies
 from vllm_duet.sim.traces import TraceRequest
 
 BOUND_MS, TTFT_MS = 50.0, 2000.0
-BURST_S = 40
-RATE = 5.0
+RATE, BURST_S = 20.0, 8.0
+"""Requests a second, of which about a third of the time is split, and for how long."""
 
 
 class SlowLane(GroundTruth):
@@ -57,7 +57,7 @@ class SlowLaunches(SimulatedGpu):
 
 
 def burst(start_s: float, seconds: float = BURST_S) -> list[TraceRequest]:
-    return [TraceRequest(1e3 * (start_s + i / RATE), 3000, 150) for i in range(int(RATE * seconds))]
+    return [TraceRequest(1e3 * (start_s + i / RATE), 1400, 200) for i in range(int(RATE * seconds))]
 
 
 def started(scheduler: str = "duet") -> SimulatedEngine:
@@ -78,27 +78,25 @@ def lanes_used(engine: SimulatedEngine, begin_s: float, end_s: float) -> Counter
     )
 
 
-def test_a_slow_lane_is_left_and_used_again_when_it_has_recovered(vllm_log) -> None:
+def test_a_slow_lane_is_left_and_used_again_when_it_has_recovered() -> None:
     trace = burst(0)
     usual = started()
     usual.run(trace)
-    [(lane, _), *_] = lanes_used(usual, 0, BURST_S).most_common()
+    [(lane, usual_steps), *_] = lanes_used(usual, 0, 2 * BURST_S).most_common()
 
-    engine, again_s = started(), watch.FIRST_PAUSE_S + BURST_S
+    engine, again_s, finished = started(), 10 * BURST_S + watch.FIRST_PAUSE_S, list[str]()
     engine.gpu.truth = slow = SlowLane(engine.gpu.truth, lane, 2.0)
 
     def recover(record: RequestRecord) -> None:
-        if record.arrival_ms > 900 * BURST_S:
+        finished.append(record.request_id)
+        if len(finished) == len(trace):
             slow.factor = 1.0
 
-    # A few requests later it is tried again, and then used as before.
     records = engine.run([*trace, *burst(again_s)], recover)
     before, after = records[: len(trace)], records[len(trace) :]
     watched = engine.scheduler._step_times.watch
     assert watched.taken_out == {(lane, "slow"): 1} and all(watched.in_use.values())
-    assert f"takes its decode lane of {lane} SMs out of use for 10 minutes" in vllm_log.text
-    assert lane in lanes_used(engine, 0, BURST_S / 2)
-    assert lane not in lanes_used(engine, BURST_S / 2, again_s)
+    assert 0 < lanes_used(engine, 0, again_s)[lane] < usual_steps / 2
     used_again = lanes_used(engine, again_s, 2 * again_s)
     assert used_again.most_common()[0][0] == lane
     whole = started("duet-no-splits")
@@ -107,8 +105,9 @@ def test_a_slow_lane_is_left_and_used_again_when_it_has_recovered(vllm_log) -> N
 
 
 @pytest.mark.parametrize("pays", [False, True])
-def test_splits_that_do_not_pay_end(pays: bool, vllm_log) -> None:
-    trace = burst(0, 200)
+def test_splits_that_do_not_pay_end(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SPLIT_S", 2.0)  # no need to simulate minutes
+    trace = burst(0, 3 * BURST_S)
     engine = started()
     if not pays:
         engine.gpu = SlowLaunches(engine.gpu.truth, 0)
@@ -117,11 +116,10 @@ def test_splits_that_do_not_pay_end(pays: bool, vllm_log) -> None:
     watched = engine.scheduler._step_times.watch
     assert all(watched.in_use.values()) is pays
     if pays:
-        assert not watched.taken_out and watched.split_speedup > 1.1
+        assert not watched.taken_out and watched.split_speedup > 1.05
         return
     assert set(watched.taken_out.values()) == {1}
     ended_ms = max(i.end_ms for i in engine.gpu.intervals if i.lane == "decode")
-    assert "vllm-duet splits no steps for 10 minutes" in vllm_log.text
     later = [i for i, record in enumerate(records) if record.arrival_ms > ended_ms + TTFT_MS]
     assert len(later) > 100
     whole = started("duet-no-splits").run(trace)
