@@ -224,3 +224,11 @@ def test_lanes_that_the_policy_leaves_alone_are_forecast_anew_after_a_while() ->
     watched.waits(2)
     assert watched.correction.factor(DECODE_LANE) == 1.0
     assert watched.told == []
+
+
+def test_a_split_that_does_nothing_does_not_pay() -> None:
+    watched = Watched()
+    nothing_done = DuetPlan(Mode.SPLIT, "", whole_step_ms=1.0, whole_prefill_ms=1.0)
+    watched.watch.step(nothing_done, 0.0, 60_001.0, decodes=False)
+    watched.waits(1)
+    assert not watched.in_use

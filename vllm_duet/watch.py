@@ -169,7 +169,7 @@ class LaneWatch:
         if self._splits.until <= now:
             self._splits.end(now)
             logger.info("vllm-duet tries splitting steps again.")
-        elif self._seen_ms >= 1e3 * SPLIT_S and (self.split_speedup or 1.0) < 1:
+        elif self._seen_ms >= 1e3 * SPLIT_S and self._work_ms < self._took_ms:
             self._splits.begin(now)
             for sms, used in before.items():
                 self.taken_out[sms, "does_not_pay"] += used
