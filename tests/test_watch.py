@@ -150,8 +150,9 @@ def test_a_lane_is_tried_again_and_each_time_later(vllm_log) -> None:
     for _ in range(20):
         watched.split(16)
     watched.waits(LONGEST_PAUSE_S)
-    watched.split(16, steps=[2.0] * STEPS)
+    watched.split(16, steps=[2.0] * 4 * STEPS)
     watched.waits(1)
+    assert watched.in_use == [32, 56]
     watched.waits(FIRST_PAUSE_S)
     assert watched.in_use == [*LANES]
 
