@@ -25,7 +25,8 @@ Reason = Literal["slow", "does_not_pay"]
 
 SLOW = 1.5
 """A lane that takes this many times its forecast, where the whole GPU takes its own, is out of
-use. Less than that the correction of forecasts takes in, which is one for all lanes."""
+use. Less than that the correction of forecasts takes in, which is one for all lanes. In the
+simulator lanes stay below it, also by profiles that are wrong by 30 %."""
 
 WINDOW = 32
 """A lane is judged by the median of its last steps and prefills, so that single ones that
