@@ -181,7 +181,7 @@ async def test_metrics_tell_what_the_lanes_did(servers):
     assert launched > 0 and found["vllm_duet:prefills_joined_total", None] == launched
     assert found["vllm_duet:prefills_failed_total", None] == 0
     assert found["vllm_duet:steps_total", "split"] > launched
-    assert found["vllm_duet:late_gaps_total", "split"] > found["vllm_duet:steps_total", "split"]
+    assert found["vllm_duet:late_gaps_total", "split"] >= found["vllm_duet:steps_total", "split"]
     busy_s = [found["vllm_duet:lane_busy_seconds_total", lane] for lane in ("decode", "prefill")]
     # These lanes take turns.
     assert min(busy_s) > 0 and sum(busy_s) < found["vllm_duet:split_seconds_total", None]
