@@ -57,7 +57,10 @@ class System:
 
 
 class SimulatedDuetScheduler(DuetScheduler):
-    """DuetScheduler with a policy that is given, on a GPU that can be split if the model can."""
+    """DuetScheduler with a policy that is given, on a GPU that can be split if the model can.
+
+    ``has_lanes``: whether the GPU's SMs can be divided, and that pays.
+    """
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class SimulatedDuetScheduler(DuetScheduler):
         policy: Callable[[StepTimeCorrection], Policy],
         clock: SimulatedClock,
         follows: bool = True,
+        has_lanes: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -73,6 +77,8 @@ class SimulatedDuetScheduler(DuetScheduler):
             for limit in LIMITS
             if limit.about == "model" and limit.applies(self.vllm_config, self.kv_cache_config)
         ]
+        if not has_lanes:
+            self._blockers.append("no lanes")
         correction = StepTimeCorrection()
         self._step_times = StepTimes(correction, clock)
         self._policy = None if deciding_blockers(self.vllm_config) else policy(correction)
