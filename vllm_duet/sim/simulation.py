@@ -26,10 +26,19 @@ from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_duet.anchors import Anchor, StepLimits, StepShape, fit, shapes_to_measure, within
+from vllm_duet.anchors import (
+    Anchor,
+    LaneAnchor,
+    StepLimits,
+    StepShape,
+    fit,
+    lane_shapes,
+    shapes_to_measure,
+    within,
+)
 from vllm_duet.doctor import GPU_MEMORY_UTILIZATION
 from vllm_duet.metrics import steps_by_mode
-from vllm_duet.policy import PolicyLimits
+from vllm_duet.policy import PolicyLimits, decode_lanes
 from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
 from vllm_duet.sim.engine import (
     QUEUE_SIZE,
@@ -49,7 +58,7 @@ from vllm_duet.sim.executor import (
 from vllm_duet.sim.kv_cache import BLOCK_SIZE, kv_cache_config, text_model
 from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster, system_named
 from vllm_duet.sim.traces import TraceRequest
-from vllm_duet.start import BUDGET_S, STEPS
+from vllm_duet.start import BUDGET_S, LAUNCHES, STEPS
 from vllm_duet.steps_file import Measured, StepsFile
 
 if TYPE_CHECKING:  # needs pandas
@@ -382,23 +391,33 @@ class Simulation:
 
     def _measured_at_start(self, forecast: Roofline, truth: GroundTruth) -> Measured:
         """What a policy with this forecast measures before the first request: what the file has,
-        or steps on the whole simulated GPU, chosen and timed as start.py does."""
+        or steps on the simulated GPU, whole and side by side, chosen and timed as start.py does."""
         if self.steps:
             return self.steps.found
         random, clock_ms = Random(self.options.seed), 0.0
 
-        def measure(shape: StepShape) -> Anchor:
+        def timed(ms: float, count: int = STEPS) -> float:
+            """The median of noisy times, of which the first does not count."""
             nonlocal clock_ms
-            prompts = [shape.prefill] if shape.prefill else []
-            ms = truth.step_ms(
-                [shape.decode_context] * shape.decodes,
-                prompts,
-                [shape.prefill_context] * len(prompts),
-            )
             noise = truth.disturbances.noise
-            times = [ms * math.exp(random.gauss(0.0, noise)) for _ in range(STEPS)]
+            times = [ms * math.exp(random.gauss(0.0, noise)) for _ in range(count)]
             clock_ms += sum(times)
-            return Anchor(shape, median(times[1:]))
+            return median(times[1:])
+
+        def prompt(shape: StepShape) -> tuple[list[int], list[int]]:
+            return ([shape.prefill], [shape.prefill_context]) if shape.prefill else ([], [])
+
+        def measure(shape: StepShape) -> Anchor:
+            decodes = [shape.decode_context] * shape.decodes
+            return Anchor(shape, timed(truth.step_ms(decodes, *prompt(shape))))
+
+        def beside(sms: int, shape: StepShape) -> LaneAnchor:
+            works = (
+                truth.decode([shape.decode_context] * shape.decodes),
+                truth.prefill(*prompt(shape)),
+            )
+            decode_ms, prefill_ms = truth.pair_ms(*works, sms, truth.num_sms - sms)
+            return LaneAnchor(sms, shape, timed(decode_ms), timed(prefill_ms, LAUNCHES))
 
         seqs, block = self.options.max_num_seqs, BLOCK_SIZE
         limits = StepLimits(
@@ -408,7 +427,11 @@ class Simulation:
             cache_tokens=self.kv_cache_tokens - block * (seqs + 2),
         )
         shapes = shapes_to_measure(limits)
-        return Measured(list(within(shapes, forecast, BUDGET_S, measure, lambda: clock_ms / 1e3)))
+        whole = list(within(shapes, forecast, BUDGET_S, measure, lambda: clock_ms / 1e3))
+        decodes, prefill = lane_shapes(limits, seqs)
+        pairs = [shape._replace(prefill=prefill.prefill) for shape in decodes if prefill]
+        lanes = decode_lanes(self.profile, None) if pairs else ()
+        return Measured(whole, [beside(sms, pair) for sms in lanes for pair in pairs])
 
     def _measured(self) -> tuple[MeasuredSteps | None, str]:
         """The measured truth where there is one, and in words what the truth is."""
