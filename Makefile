@@ -44,7 +44,7 @@ quick: lint
 	  --ignore=tests/plain_cpu $(ARGS)
 
 test-vllm: $(OTHER)/.swapped $(MODEL)
-	$(OTHER)/bin/python -m pytest --ignore=tests/roofline --ignore=tests/calibration \
+	$(OTHER)/bin/python -m pytest --ignore=tests/roofline \
 	  --ignore=tests/lanes --ignore=tests/plain_cpu $(ARGS)
 
 # Without tests/conftest.py, which is for the CPU. The tests start processes on the fake GPU;

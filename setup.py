@@ -41,8 +41,6 @@ setup(
         "sim": ["jinja2", "matplotlib"],
         # Operator times measured by NVIDIA (82 MB): to simulate by them, and to fit profiles.
         "measured": ["aiconfigurator-core>=0.12,<0.13", "scipy>=1.13"],
-        # For `vllm-duet calibrate`, beside what the extra `vllm` brings.
-        "calibrate": ["scipy>=1.12"],
         "dev": [
             "accelerate",
             "cuda-bindings",  # without a driver too: the fake one is compared with it

@@ -6,6 +6,7 @@
     python eval/experiments.py sweep --traces FOLDER
     python eval/experiments.py ratios --traces FOLDER
     python eval/experiments.py ablation --traces FOLDER
+    python eval/experiments.py anchors --traces FOLDER
     python eval/experiments.py tables        # into docs/evaluation.md
 
 FOLDER holds the public traces: azure-code-2023.csv and azure-conv-2023.csv
@@ -16,6 +17,7 @@ disk and whose code has not changed is not run again, so any of them can be stop
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import sys
@@ -74,7 +76,7 @@ STATIC: dict[str, tuple[tuple[str, int], ...]] = {
 @app.command("all")
 def everything(traces: Traces) -> None:
     """Every experiment, and the tables."""
-    for command in (goodput, ratios, sweep, ablation):
+    for command in (goodput, ratios, sweep, ablation, anchors):
         command(traces)
     tables()
 
@@ -271,6 +273,49 @@ def ablation(traces: Traces) -> None:
     _print(rows, ("workload", "rate", "system"), FIGURES)
 
 
+ANCHORED = ("azure-conv", "4096/512")
+WRONG = 0.3
+SEEDS = (0, 1)
+FINE_STEP = 1.01
+
+
+@app.command()
+def anchors(traces: Traces) -> None:
+    """Goodput of a policy whose profile is 30 % wrong, with and without steps measured at start.
+
+    Bound 100 ms. A seed draws which of the profile's rates are too high and which too low, and
+    the noise. Rates are told apart by 1 %.
+    """
+    runs, rows = Runs(traces), []
+    known = json.loads((RESULTS / "goodput.json").read_text())["rows"]
+    known = [row for row in known if row["kind"] == "duet" and row["tbt_slo_ms"] == 100]
+    guesses = {row["workload"]: row["goodput"] for row in known}
+    for seed, workload in itertools.product(SEEDS, ANCHORED):
+        asked = [
+            Run(workload, "duet", model_error=error, measured=measured, seed=seed)
+            for error, measured in ((0.0, False), (0.0, True), (WRONG, False), (WRONG, True))
+        ]
+        guess = guesses[workload]
+        found = goodputs(runs, [Search((run,), guess=guess, step=FINE_STEP) for run in asked])
+        rows += [
+            {
+                "workload": workload,
+                "seed": seed,
+                "model_error": f.run.model_error,
+                "measured_at_start": f.run.measured,
+                "goodput": f.rate,
+                "over_right_profile": f.rate / found[0].rate if found[0].rate else None,
+            }
+            for f in found
+        ]
+        _write("anchors", rows)
+    _print(
+        rows,
+        ("workload", "seed", "model_error", "measured_at_start"),
+        ("goodput", "over_right_profile"),
+    )
+
+
 @app.command()
 def tables() -> None:
     """Write the results that are there into the tables of docs/evaluation.md."""
@@ -280,6 +325,7 @@ def tables() -> None:
         ("sweep", _sweep_table),
         ("ratios", _ratios_table),
         ("ablation", _sweep_table),
+        ("anchors", _anchors_table),
     ):
         file = RESULTS / f"{name}.json"
         if file.exists():
@@ -382,6 +428,23 @@ def _ratios_table(rows: list[dict[str, Any]]) -> str:
         )
     header = "in/out, stock default, best static budget, best static split, duet 10 %,"
     return _markdown((header + " duet over best budget").split(", "), lines)
+
+
+def _anchors_table(rows: list[dict[str, Any]]) -> str:
+    """Of each workload and draw, a line."""
+    found = {
+        (r["workload"], str(r["seed"]), r["model_error"], r["measured_at_start"]): r for r in rows
+    }
+    kinds = [(error, measured) for error in (0.0, WRONG) for measured in (False, True)]
+    lines = []
+    for case in dict.fromkeys(key[:2] for key in found):
+        last = found[(*case, WRONG, True)]["over_right_profile"]
+        goodputs_ = [_rate(found[(*case, *kind)]["goodput"]) for kind in kinds]
+        lines.append([*case, *goodputs_, f"{last:.3f}" if last else "-"])
+    header = (
+        "workload, draw, right profile, and measured, 30 % wrong, and measured, over right profile"
+    )
+    return _markdown(header.split(", "), lines)
 
 
 FIGURES = (

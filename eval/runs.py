@@ -41,7 +41,7 @@ UNTOLD = ("stock", "disaggregated", "fixed-split", "prefill-cap", "prefill-inter
 MOST, MANY = 0.99, 0.90
 """Shares of good requests; goodput is the highest rate that keeps the first."""
 STEP = 1.05
-"""The ratio between two rates of the grid on which goodput is looked for."""
+"""The ratio between two rates of the grid on which goodput is looked for, unless told otherwise."""
 WIDTH = 3
 """Steps of the grid between the first rates of a search: 16 %."""
 NEAREST = 3
@@ -70,13 +70,13 @@ class Workload:
             return synthetic(self.count, rate, self.input_length, self.output_length, seed)
         return at_rate(read_trace(traces / self.file)[: self.count], rate)
 
-    def rate(self, index: int) -> float:
-        """The rates that are tried: a grid of the ratio STEP from ``lowest``."""
-        return round(self.lowest * STEP**index, 4)
+    def rate(self, index: int, step: float = STEP) -> float:
+        """The rates that are tried: a grid of the ratio ``step`` from ``lowest``."""
+        return round(self.lowest * step**index, 4)
 
-    def nearest(self, rate: float) -> int:
+    def nearest(self, rate: float, step: float = STEP) -> int:
         """The grid's index of the rate at most ``rate``; that of 0 is -1."""
-        return max(-1, math.floor(math.log(rate / self.lowest, STEP) + 0.02)) if rate else -1
+        return max(-1, math.floor(math.log(rate / self.lowest, step) + 0.02)) if rate else -1
 
 
 def _synthetic(input_length: int, output_length: int, *numbers: float) -> Workload:
@@ -104,7 +104,8 @@ WORKLOADS = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One simulation. ``scheduler`` is a name that Simulation takes, with its number."""
+    """One simulation. ``scheduler`` is a name that Simulation takes, with its number;
+    ``measured``: its policy has measured steps before."""
 
     workload: str
     scheduler: str
@@ -113,6 +114,7 @@ class Run:
     tbt_slo_ms: float = 100.0
     model_error: float = 0.0
     seed: int = 0
+    measured: bool = False
 
     @property
     def system(self) -> str:
@@ -122,7 +124,10 @@ class Run:
     @property
     def key(self) -> str:
         run = replace(self, tbt_slo_ms=0.0, model_error=0.0) if self.system in UNTOLD else self
-        return json.dumps(asdict(run))
+        fields = asdict(run)
+        if not self.measured:  # as runs on file have it
+            del fields["measured"]
+        return json.dumps(fields)
 
     @property
     def label(self) -> str:
@@ -133,7 +138,7 @@ class Run:
     @property
     def code(self) -> str:
         """Of the code that the run goes through, and of its workload."""
-        return fingerprint(self.system != "stock", WORKLOADS[self.workload])
+        return fingerprint(self.system != "stock", WORKLOADS[self.workload], self.measured)
 
 
 def simulate(run: Run, traces: Path) -> dict[str, Any]:
@@ -150,6 +155,7 @@ def simulate(run: Run, traces: Path) -> dict[str, Any]:
         ttft_slo_ms=workload.ttft_slo_ms,
         model_error=run.model_error,
         seed=run.seed,
+        measure_at_start=run.measured,
     )
     num_gpus = 2 if run.scheduler == "disaggregated" else 1
     requests = workload.requests(traces, num_gpus * run.rate, run.seed)
@@ -167,7 +173,7 @@ def simulate(run: Run, traces: Path) -> dict[str, Any]:
 
 
 @functools.cache
-def fingerprint(decides: bool, workload: Workload) -> str:
+def fingerprint(decides: bool, workload: Workload, measured: bool = False) -> str:
     """Stock runs pass neither the policy nor the other systems; all stand on the tables."""
     files = [*PACKAGE.glob("sim/**/*.py"), *PACKAGE.glob("roofline/**/*.py"), PACKAGE / "plan.py"]
     files += PACKAGE.glob("profiles/h100-sxm.yaml")
@@ -176,6 +182,8 @@ def fingerprint(decides: bool, workload: Workload) -> str:
         files += [PACKAGE / name for name in ("policy.py", "scheduler.py", "step_times.py")]
     else:
         files = [file for file in files if file.name != "systems.py"]
+    if measured:
+        files.append(PACKAGE / "anchors.py")
     digest = hashlib.sha256(repr((workload, version("aiconfigurator-core"))).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())
@@ -235,7 +243,7 @@ class Runs:
 def _pool() -> Executor:
     # vLLM does not take to being forked.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +251,14 @@ class Search:
     """Looks for the highest rate at which one of ``candidates`` keeps ``share``.
 
     The candidates are one system with other options; their own rates do not count.
-    ``guess`` is a rate to begin with, such as a neighbour's goodput.
+    ``guess`` is a rate to begin with, such as a neighbour's goodput, and ``step`` the ratio
+    between two rates that are told apart.
     """
 
     candidates: tuple[Run, ...]
     share: float = MOST
     guess: float | None = None
+    step: float = STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,16 +305,16 @@ def _search(search: Search) -> Asking:
     fails the others. When all have failed at a rate, the NEAREST go on: those with
     the largest shares there.
     """
-    workload = WORKLOADS[search.candidates[0].workload]
-    order, top = list(search.candidates), workload.nearest(workload.highest)
+    workload, step = WORKLOADS[search.candidates[0].workload], search.step
+    order, top = list(search.candidates), workload.nearest(workload.highest, step)
     good, bad, width = -1, top + 1, WIDTH
     middle = top // 2
-    at = middle if search.guess is None else min(max(workload.nearest(search.guess), 0), top)
+    at = middle if search.guess is None else min(max(workload.nearest(search.guess, step), 0), top)
     best: tuple[Run, dict[str, Any]] | None = None
     while True:
         tried: list[tuple[Run, dict[str, Any]]] = []
         for some in (order[:1], order[1:]):
-            asked = [replace(run, rate=workload.rate(at)) for run in some]
+            asked = [replace(run, rate=workload.rate(at, step)) for run in some]
             if asked:
                 tried += zip(asked, (yield asked), strict=True)
             if any(figures["good_requests_share"] >= search.share for _, figures in tried):
@@ -320,7 +330,7 @@ def _search(search: Search) -> Asking:
         if kept or good < 0:
             best = tried[0]
         if bad - good == 1:
-            rate = workload.rate(good) if good >= 0 else 0.0
+            rate = workload.rate(good, step) if good >= 0 else 0.0
             return Found(rate, *best, tuple(order))
         if bad > top:
             at, width = min(good + width, top), 2 * width

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""eval/gpu: what compares whole engines, up to the engines."""
+"""eval/gpu: what compares whole engines, up to the engines, and what needs a GPU, without one."""
 
 from __future__ import annotations
 
@@ -158,6 +158,14 @@ def test_a_dry_run_says_what_it_would_do(script: str, tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "requests" in shown.stdout and "qwen3-8b" in shown.stdout
     assert not out.exists()
+
+
+def test_facts_without_a_gpu_are_a_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / "microbench.py"), "--out", str(out)]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 2 and not out.exists()
+    assert "finds no NVIDIA GPU" in shown.stderr and shown.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_duet.anchors import mean_error
 from vllm_duet.doctor import Diagnosis, Machine
 from vllm_duet.roofline.hardware import MEASURED
+from vllm_duet.steps_file import StepsFile
 from vllm_duet.support import LIMITS
 from vllm_duet.version import __version__
 
@@ -33,6 +35,8 @@ class Truth(Enum):
     MEASURED = "measured"
     ROOFLINE = "roofline"
 
+
+NOT_GIVEN = "not given: that of the engine that was calibrated, else"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -171,7 +175,9 @@ def simulate(
         typer.Option(exists=True, help="The model's config.json, or the folder that holds it."),
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the results.")],
-    gpu: Annotated[str, typer.Option(help="A GPU profile's name or YAML file.")] = "h100-sxm",
+    gpu: Annotated[
+        str, typer.Option(help="A GPU profile's name or YAML file, or what calibrate wrote.")
+    ] = "h100-sxm",
     scheduler: Annotated[
         str, typer.Option(help="stock, duet, or another that --list-schedulers shows.")
     ] = "duet",
@@ -185,10 +191,14 @@ def simulate(
     ttft_slo_ms: Annotated[
         float, typer.Option(min=1e-3, help="The limit on TTFT of a good request.")
     ] = 2000.0,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="vLLM's token budget.")] = 8192,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="vLLM's batch size.")] = 1024,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"vLLM's token budget; {NOT_GIVEN} 8192.")
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help=f"vLLM's batch size; {NOT_GIVEN} 1024.")
+    ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest request; not given: the model's.")
+        int | None, typer.Option(min=1, help=f"Longest request; {NOT_GIVEN} the model's.")
     ] = None,
     num_requests: Annotated[
         int | None, typer.Option(min=1, help="Only the first requests of the trace.")
@@ -200,9 +210,20 @@ def simulate(
             min=0, max=1, help="How wrong the policy's profile is, on top of its own; 0.1 is 10 %."
         ),
     ] = 0.0,
+    measure_at_start: Annotated[
+        bool,
+        typer.Option(
+            "--measure-at-start/--no-measure-at-start",
+            help="The policy forecasts by steps that it has run on the simulated GPU before, as an"
+            " engine does; by those of a file of calibrate always.",
+        ),
+    ] = False,
     tensor_parallel_size: Annotated[
-        int, typer.Option(min=1, help="GPUs that share the model; one scheduler serves them.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1, help=f"GPUs that share the model; one scheduler serves them; {NOT_GIVEN} 1."
+        ),
+    ] = None,
     enable_expert_parallel: Annotated[
         bool,
         typer.Option(
@@ -258,28 +279,29 @@ def simulate(
 ) -> None:
     """Serve a trace in virtual time: the real schedulers, on a simulated GPU."""
     command = _simulator()
-    options = command.Options(
-        model=model,
-        gpu=gpu,
-        scheduler=scheduler,
-        tbt_slo_ms=tbt_slo_ms,
-        ttft_slo_ms=ttft_slo_ms,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        seed=seed,
-        model_error=model_error,
-        tensor_parallel_size=tensor_parallel_size,
-        enable_expert_parallel=enable_expert_parallel,
-        moe_backend=None if moe_backend is MoeBackend.AUTO else moe_backend.value,
-        kv_dtype=kv_cache_dtype,
-        concurrency=concurrency,
-        async_scheduling=async_scheduling,
-        truth=truth.value,
-        front_end=command.FrontEnd(frontend_ms, tokenizer_us),
-    )
     prefixes = prefix_length, num_prefixes
     try:
+        options = command.options_for(
+            gpu,
+            model=model,
+            scheduler=scheduler,
+            tbt_slo_ms=tbt_slo_ms,
+            ttft_slo_ms=ttft_slo_ms,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            seed=seed,
+            model_error=model_error,
+            measure_at_start=measure_at_start,
+            tensor_parallel_size=tensor_parallel_size,
+            enable_expert_parallel=enable_expert_parallel,
+            moe_backend=None if moe_backend is MoeBackend.AUTO else moe_backend.value,
+            kv_dtype=kv_cache_dtype,
+            concurrency=concurrency,
+            async_scheduling=async_scheduling,
+            truth=truth.value,
+            front_end=command.FrontEnd(frontend_ms, tokenizer_us),
+        )
         summary = command.simulate(options, trace, rate, num_requests, out, prefixes)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
@@ -301,37 +323,61 @@ def report(
     typer.echo(f"Wrote {out}")
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def calibrate(
-    device: Annotated[int, typer.Option(min=0, help="torch's index of the GPU.")] = 0,
+    model: Annotated[str, typer.Argument(help="The model, as vllm serve takes it.")],
+    engine_options: Annotated[
+        list[str] | None,
+        typer.Argument(help="vLLM's engine options, as vllm serve takes them.", show_default=False),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="The profile; not given: NAME.yaml.")
+        Path | None, typer.Option(dir_okay=False, help="The file; not given: steps-MODEL.json.")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="The profile's name; not given: the GPU's.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list what would run. Needs no GPU.")
-    ] = False,
 ) -> None:
-    """Measure this machine's GPU, in under 3 minutes, and write its profile.
+    """Measure the steps of a model on this machine, as an engine does at its start.
 
-    Serve with it: --additional-config '{"duet": {"gpu_profile": "FILE"}}'. Other work on
-    the GPU spoils the measurement.
+    `simulate --gpu FILE` then has this machine's own times. Other work on the machine
+    spoils the measurement.
     """
-    from vllm_duet.calibration import command
-    from vllm_duet.calibration.device import CalibrationError
-
-    console = Console(stderr=not dry_run)
-    if dry_run:
-        command.dry_run(device, command.steps, command.BUDGET_S, console)
-        return
     try:
-        path = command.calibrate(command.open_device(device), out, name, console)
-    except CalibrationError as error:
+        from vllm_duet import calibrate as command
+    except ImportError as error:
+        raise _without_vllm("calibrate starts an engine", error) from None
+    try:
+        found = command.calibrate(model, engine_options or [])
+        path = out or command.default_path(model)
+        found.save(path)
+    except (OSError, command.CalibrationError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
+    _print_steps(found, Console())
     typer.echo(f"Wrote {path}")
+
+
+def _print_steps(found: StepsFile, console: Console) -> None:
+    table = Table(
+        title=f"Measured on {escape(found.device)}", title_justify="left", title_style="bold"
+    )
+    for column in ("decodes", "prompt tokens", "after", "ms"):
+        table.add_column(column, justify="right")
+    for step, ms in found.found.anchors:
+        after = step.decode_context or step.prefill_context
+        table.add_row(str(step.decodes or ""), str(step.prefill or ""), str(after), f"{ms:.2f}")
+    console.print(table)
+    measured = found.found
+    if measured.checks:
+        console.print(
+            f"Forecasts of {len(measured.checks)} mixed steps that are none of these are off by"
+            f" {mean_error(found.roofline(), measured.checks):.0%}."
+        )
+    if measured.gains:
+        gains = (f"{gain:.2f} ({sms} SMs)" for sms, gain in measured.gains.items())
+        console.print(
+            f"Side by side the lanes do {', '.join(gains)} of what the GPU does one after the"
+            " other."
+        )
+    if measured.obstacle:
+        console.print(f"No step is split: {escape(measured.obstacle)}.")
 
 
 def _simulator() -> Any:
@@ -339,10 +385,12 @@ def _simulator() -> Any:
     try:
         from vllm_duet.sim import command
     except ImportError as error:
-        raise typer.BadParameter(
-            f"the simulator runs vLLM's schedulers, and vLLM cannot be imported ({error})"
-        ) from None
+        raise _without_vllm("the simulator runs vLLM's schedulers", error) from None
     return command
+
+
+def _without_vllm(why: str, error: ImportError) -> typer.BadParameter:
+    return typer.BadParameter(f"{why}, and vLLM cannot be imported ({error})")
 
 
 def _list_schedulers() -> None:

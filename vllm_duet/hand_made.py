@@ -56,13 +56,15 @@ class HandMadeSteps:
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
         self._vocabulary_size = vllm_config.model_config.get_vocab_size()
         scheduler = vllm_config.scheduler_config
+        smallest = min(self._block_sizes)
+        self.kv_cache_tokens = kv_cache_config.num_blocks // len(groups) * smallest
         # Block 0 is vLLM's null block, and each request may leave most of a block empty.
         num_blocks = kv_cache_config.num_blocks - 1 - len(groups) * (scheduler.max_num_seqs + 1)
         self.limits = StepLimits(
             max_seqs=scheduler.max_num_seqs,
             max_tokens=scheduler.max_num_batched_tokens,
             max_context=vllm_config.model_config.max_model_len,
-            cache_tokens=num_blocks // len(groups) * min(self._block_sizes),
+            cache_tokens=num_blocks // len(groups) * smallest,
         )
         self._made = 0
         self._next_block = 1

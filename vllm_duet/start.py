@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
+from vllm.version import __version__ as vllm_version
 
 from vllm_duet.anchors import (
     DECODE_ROOM,
@@ -50,14 +52,16 @@ from vllm_duet.forecast import (
 from vllm_duet.hand_made import HandMadeRequest, HandMadeSteps
 from vllm_duet.plan import Join, JoinedPrefill, PrefillLaunch, StepDirective
 from vllm_duet.policy import decode_lanes
-from vllm_duet.roofline import ModelShape, Roofline
-from vllm_duet.start_file import Measured, StartFile
+from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
+from vllm_duet.start_file import StartFile
+from vllm_duet.steps_file import Measured, StepsFile
 from vllm_duet.support import (
-    can_measure,
+    measuring_blockers,
     report_lanes,
     report_roofline,
     reported_lanes,
 )
+from vllm_duet.version import __version__
 from vllm_duet.worker.proof import Proof, prove_lanes
 
 logger = init_logger(f"vllm.{__name__}")  # with the handlers and the level of vLLM's
@@ -84,7 +88,7 @@ def measure_at_start(executor: Any) -> None:
     """
     vllm_config = executor.vllm_config
     config = DuetConfig.load(vllm_config.additional_config)
-    if config.measure_at_start == "never" or not can_measure(vllm_config):
+    if config.measure_at_start == "never" or measuring_blockers(vllm_config):
         return
     try:
         file, stored = StartFile.of(vllm_config), None
@@ -95,24 +99,38 @@ def measure_at_start(executor: Any) -> None:
         steps = MeasuredSteps(executor)
         try:
             if not found.anchors:
-                found = replace(found, anchors=_measured(steps, roofline))
+                anchors, checks = _measured(steps, roofline)
+                found = replace(found, anchors=anchors, checks=checks)
             if _has_lanes(vllm_config) and not found.lanes:
                 found = replace(found, **_lanes(steps, config)._asdict())
         finally:
             executor.collective_rpc(_seed)
+        kept = steps.file(roofline, found)
         if found == stored:
             logger.info("vllm-duet forecasts by the step times in %s.", file.path)
         else:
-            file.write(found)
+            file.write(kept)
+        _found[vllm_config.instance_id] = kept
         _use_lanes(executor, config, found)
         report_roofline(vllm_config, roofline.anchored(fit(roofline, found.anchors, found.lanes)))
     except Exception as error:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # CUDA's go on
+        _found[vllm_config.instance_id] = what
         logger.warning(
             "vllm-duet could not measure steps at start, and forecasts without: %s", what
         )
         if config.cuda_lanes == "auto":
             _stay_whole(executor, f"steps could not be measured at start: {what}")
+
+
+_found: dict[str, StepsFile | str] = {}
+"""By the ``instance_id`` of a VllmConfig, as in support.py."""
+
+
+def found_at_start(vllm_config: Any) -> StepsFile | str | None:
+    """What was measured when the engine of this process started, or a clause that says why that
+    failed; None where it was not tried."""
+    return _found.get(vllm_config.instance_id)
 
 
 def _has_lanes(vllm_config: Any) -> bool:
@@ -131,8 +149,16 @@ def _unanchored(executor: Any, config: DuetConfig) -> Roofline:
     return Roofline(shape, profile or unknown_device(vllm_config.device_config.device_type))
 
 
-def _measured(steps: MeasuredSteps, roofline: Roofline) -> list[Anchor]:
-    """Raises: whatever the executor does."""
+def _profile_name(config: DuetConfig) -> str | None:
+    if config.gpu_profile is None:
+        profile = GpuProfile.detect(current_platform.get_device_name())
+        return profile.name if profile else None
+    path = Path(config.gpu_profile)
+    return str(path.resolve()) if path.is_file() else config.gpu_profile
+
+
+def _measured(steps: MeasuredSteps, roofline: Roofline) -> tuple[list[Anchor], list[Anchor]]:
+    """Anchors, and checks of them. Raises: whatever the executor does."""
     began = time.perf_counter()
     shapes = shapes_to_measure(steps.limits)
     steps.measure(shapes[0])  # what comes first pays for what is made once
@@ -148,7 +174,7 @@ def _measured(steps: MeasuredSteps, roofline: Roofline) -> list[Anchor]:
         _in_words(anchors),
         off if checks else "",
     )
-    return anchors
+    return anchors, checks
 
 
 def _run(
@@ -259,6 +285,28 @@ class MeasuredSteps:
         self.most_decodes = reported_lanes(vllm_config).most_decodes
         self.limits = self._steps.limits
         self.shows_progress = vllm_config.load_config.use_tqdm_on_load
+
+    def file(self, roofline: Roofline, found: Measured) -> StepsFile:
+        """``found``, and what it was found of."""
+        config = self._executor.vllm_config
+        model, scheduler = config.model_config, config.scheduler_config
+        graphs = config.compilation_config
+        sizes = graphs.cudagraph_capture_sizes if graphs.cudagraph_mode else None
+        return StepsFile(
+            device=current_platform.get_device_name(),
+            device_type=config.device_config.device_type,
+            profile=_profile_name(DuetConfig.load(config.additional_config)),
+            versions={"vllm": vllm_version, "vllm-duet": __version__},
+            date=time.strftime("%Y-%m-%d"),
+            model=model.model,
+            shape=roofline.shape,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_model_len=model.max_model_len,
+            kv_cache_tokens=self._steps.kv_cache_tokens,
+            graph_sizes=tuple(sizes or ()),
+            found=found,
+        )
 
     def prove_lanes(self, splits: Mapping[int, int]) -> Proof:
         """Whether split steps compute what whole ones do, see worker/proof.py."""

@@ -324,12 +324,16 @@ def deciding_blockers(vllm_config: Any) -> list[str]:
     ]
 
 
-def can_measure(vllm_config: Any) -> bool:
-    """Whether steps are measured when this engine starts, for its forecasts."""
+def measuring_blockers(vllm_config: Any) -> list[str]:
+    """Why no steps are measured when this engine starts, a short clause each."""
     if not _is_measured(vllm_config):
-        return False
-    limits = (limit for limit in LIMITS if limit.caps_too or limit.unmeasured)
-    return not any(limit.applies(vllm_config, None) for limit in limits)
+        config = DuetConfig.load(vllm_config.additional_config)
+        return [f"mode {config.mode}, measure_at_start {config.measure_at_start}"]
+    return [
+        limit.feature
+        for limit in LIMITS
+        if (limit.caps_too or limit.unmeasured) and limit.applies(vllm_config, None)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts that compare whole engines share: where they run, and on what."""
+"""What the scripts of this folder share: where they run, and on what."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +22,6 @@ sys.path += [str(ROOT / "examples"), str(ROOT / "eval")]
 
 from cpu_server import CPU_OPTIONS, ENVIRONMENT, provide_plugin  # noqa: E402
 
-from vllm_duet.calibration.session import git_commit  # noqa: E402
 from vllm_duet.doctor import Machine  # noqa: E402
 
 RESULTS = ROOT / "eval" / "results" / "gpu"
@@ -76,3 +76,13 @@ def provenance() -> dict[str, Any]:
         "versions": machine.versions,
         "git_commit": git_commit(),
     }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout, with "-dirty" where tracked files differ; None outside."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    command += ["--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -21,6 +21,7 @@ from vllm_duet.forecast import NoForecastError, model_shape
 from vllm_duet.policy import ForecastPolicy
 from vllm_duet.roofline import NO_ANCHORS
 from vllm_duet.start import MeasuredSteps
+from vllm_duet.steps_file import StepsFile
 from vllm_duet.support import reported_roofline
 from vllm_duet.worker.loaded_shape import loaded_shape
 
@@ -84,12 +85,22 @@ def test_nothing_shows_but_the_forecast(started) -> None:
     assert len({tuple(t) for t in expected.values()}) > 1
 
 
-def test_the_next_start_takes_the_times_of_the_last(started) -> None:
+def test_the_next_start_takes_the_times_of_the_last(started, tmp_path: Path) -> None:
     first, _ = started("auto")
     with patch.object(MeasuredSteps, "measure", side_effect=AssertionError("measured again")):
         second, said = started("auto")
     times = [reported_roofline(engine.vllm_config).anchors for engine in (first, second)]
     assert times[0] == times[1]
+    # The file says enough for a machine without an engine.
+    (file,) = (tmp_path / "vllm_duet").iterdir()
+    found = StepsFile.load(file)
+    assert found.roofline().anchors == times[0]
+    config = first.vllm_config
+    assert (found.device_type, found.profile, found.graph_sizes) == ("cpu", None, ())
+    assert found.model == config.model_config.model and found.shape == model_shape(config)
+    assert (
+        found.kv_cache_tokens == config.cache_config.num_gpu_blocks * config.cache_config.block_size
+    )
     assert any("forecasts by the step times in" in line for line in said)
 
 
@@ -98,7 +109,7 @@ def test_a_broken_file_is_measured_anew(started, tmp_path: Path) -> None:
     (file,) = (tmp_path / "vllm_duet").iterdir()
     file.write_text('[{"shape": {"decodes": 1}}]')
     engine, said = started("auto")
-    assert any("and measures anew" in line for line in said)
+    assert any(f"measures anew: {file} holds no measured steps" in line for line in said)
     assert reported_roofline(engine.vllm_config) is not None
     assert file.read_text().count("decodes") > 1
 

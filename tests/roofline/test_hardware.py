@@ -119,7 +119,7 @@ def test_contention_is_read_with_its_source(tmp_path: Path, contention: float) -
         ({"gemm_fraction": 1.2}, "'gemm_fraction' must be at most 1, not 1.2"),
         (
             {"measured": "yes"},
-            "'measured' must be one of calibrated, published, nothing, not 'yes'",
+            "'measured' must be one of published, nothing, not 'yes'",
         ),
         ({"contention": -1}, "'contention' must be a number of at least 0, not -1"),
         ({"peak_flops": 9}, "'peak_flops' must be a mapping of names to numbers, not 9"),

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from made_up_steps import steps_file
 from sim.harness import MODEL
 from typer.testing import CliRunner
 
@@ -119,6 +120,74 @@ def test_the_summary_says_what_was_simulated(trace, tmp_path):
     assert summary["host_costs"]["launch_ms"] == 0.3 and "assumed" in str(summary["disturbances"])
     requests = [json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").open()]
     assert {r["input_length"] - 512 for r in requests} == {3000, 3500, 4000, 4500}
+
+
+@pytest.fixture
+def measured_here(tmp_path) -> Path:
+    """What calibrate wrote on an L40S that takes 1.4 times as long as its profile says."""
+    path = tmp_path / "steps.json"
+    steps_file().save(path)
+    return path
+
+
+def test_the_times_are_those_of_the_users_own_file(trace, tmp_path, measured_here):
+    runs = {"file": str(measured_here), "profile": "l40s"}
+    own = "--max-num-seqs 64 --max-num-batched-tokens 2048 --max-model-len 8192 --truth roofline"
+    summaries, steps = {}, {}
+    for name, gpu in runs.items():
+        out = tmp_path / name
+        options = ["--gpu", gpu, "--scheduler", "duet", "--rate", "1"]
+        result = simulate(trace, out, *options, *(own.split() if name == "profile" else []))
+        assert result.exit_code == 0, result.output
+        summaries[name] = json.loads((out / "summary.json").read_text())
+        steps[name] = [json.loads(line) for line in (out / "steps.jsonl").open()]
+    found = summaries["file"]
+    assert found["gpu"] == "NVIDIA L40S" and found["kv_cache_tokens"] == 120_000
+    assert "steps measured on NVIDIA L40S with vLLM 0.32.0" in found["truth"]
+    # Without being told, the engine is the one that was measured.
+    assert (found["max_num_seqs"], found["max_num_batched_tokens"]) == (64, 2048)
+    first = {name: steps[name][0]["end_ms"] - steps[name][0]["start_ms"] for name in runs}
+    assert steps["file"][0]["prefill_tokens"] == steps["profile"][0]["prefill_tokens"]
+    assert first["file"] / first["profile"] == pytest.approx(1.4, rel=0.05)
+
+
+def test_a_cpus_file_is_capped_and_never_split(trace, tmp_path):
+    path = tmp_path / "steps.json"
+    steps_file(profile=None).save(path)
+    for scheduler in ("duet", "paper", "stock"):
+        out = tmp_path / scheduler
+        result = simulate(trace, out, "--gpu", path, "--scheduler", scheduler, "--rate", "1")
+        assert result.exit_code == 0, result.output
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["gpu"] == "cpu" and not summary["steps"]["split"]
+        assert (summary["steps"]["capped"] > 0) == (scheduler == "duet")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--kv-cache-dtype", "fp8"], "calibrate with it"),
+        (["--tensor-parallel-size", "2"], "calibrate with it"),
+        (["--scheduler", "disaggregated"], "no profile"),
+        (["--scheduler", "fixed-split"], "decode_sms"),
+        (["--model", "another"], "another one"),
+        (["--gpu", "absent.json"], "absent.json"),
+        (["--gpu", "config.json"], "holds no measured steps"),
+    ],
+)
+def test_what_a_file_does_not_tell_is_a_sentence(trace, tmp_path, options, named):
+    path = tmp_path / "steps.json"
+    steps_file(profile=None).save(path)
+    if options == ["--model", "another"]:
+        config = json.loads((MODEL / "config.json").read_text()) | {"hidden_size": 128}
+        options = ["--model", tmp_path / "config.json"]
+        options[1].write_text(json.dumps(config))
+    if options == ["--gpu", "config.json"]:
+        options = ["--gpu", MODEL / "config.json"]
+    result = simulate(trace, tmp_path / "out", "--gpu", path, *options)
+    assert result.exit_code == 2
+    assert named in said(result)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

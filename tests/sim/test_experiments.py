@@ -169,11 +169,13 @@ def test_one_command_makes_everything(simulated: list[Run], monkeypatch, tmp_pat
     page.write_text(experiments.PAGE.read_text())
     monkeypatch.setattr(experiments, "PAGE", page)
     experiments.everything(tmp_path)
-    for name in ("goodput", "sweep", "ratios", "ablation"):
+    for name in ("goodput", "sweep", "ratios", "ablation", "anchors"):
         rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
         table = page.read_text().split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
         lines = [line for line in table.splitlines() if line.startswith("|")]
-        expected = len(experiments.RATIOS) if name == "ratios" else len(rows)
+        # These have several rows in a line.
+        several = {"ratios": len(experiments.RATIOS), "anchors": len(rows) // 4}
+        expected = several.get(name, len(rows))
         assert len(lines) == 2 + expected, name
         assert len({line.count("|") for line in lines}) == 1, "as many cells in each line"
     goodput = json.loads((tmp_path / "goodput.json").read_text())["rows"]

@@ -2,7 +2,7 @@
 """What a GPU does with S of its SMs: GpuProfile, read from a YAML file.
 
 A profile is data: a new GPU is a new file in vllm_duet/profiles. The shipped ones are made by
-vllm_duet/measured/fit.py, and calibration writes the same format. Every number names its source.
+vllm_duet/measured/fit.py. Every number names its source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ FOLDER = Path(__file__).parent.parent / "profiles"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MEASURED: Mapping[str, str] = {
-    "calibrated": "measured on such a GPU by vllm-duet calibrate",
     "published": "fitted to operator times that others measured; the rest from data sheets and"
     " assumptions",
     "nothing": "from data sheets and assumptions, not measured",

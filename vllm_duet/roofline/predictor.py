@@ -280,7 +280,7 @@ class Roofline:
         anchors: AnchorFactors = NO_ANCHORS,
     ) -> None:
         """``step_operators`` are what a step consists of, in place of all of the
-        model's: calibration forecasts what it times, a few operators at a time."""
+        model's: what was measured of operators is forecast a few at a time."""
         self.shape = shape
         self.profile = profile
         self.anchors = anchors
@@ -316,7 +316,7 @@ class Roofline:
 
     def anchored(self, anchors: AnchorFactors) -> Roofline:
         """The same with ``anchors`` in the place of its own."""
-        return Roofline(self.shape, self.profile, self.operators, anchors)
+        return type(self)(self.shape, self.profile, self.operators, anchors)
 
     def _compile(self, ops: Sequence[Operator]) -> tuple[FloatArray, FloatArray]:
         """The tables ``coefficients`` and ``per_operator`` of kernels.py, all runs of an

@@ -14,11 +14,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_duet.sim import results
 from vllm_duet.sim.engine import FrontEnd
-from vllm_duet.sim.simulation import Options, Simulation
+from vllm_duet.sim.simulation import Options, Simulation, read_steps
 from vllm_duet.sim.systems import SYSTEMS
 from vllm_duet.sim.traces import at_rate, read_trace, with_prefixes
 
-__all__ = ["SYSTEMS", "FrontEnd", "Options", "simulate"]
+__all__ = ["SYSTEMS", "FrontEnd", "options_for", "simulate"]
+
+
+def options_for(gpu: str, **given: Any) -> Options:
+    """The options of a run, of which those that are None were not given.
+
+    They are then those of the engine whose steps ``gpu`` holds, where it is such a file.
+
+    Raises:
+        SimulationError, StepsFileError: see read_steps.
+    """
+    engine: dict[str, Any] = {}
+    if steps := read_steps(gpu):
+        engine = {
+            "max_num_batched_tokens": steps.max_num_batched_tokens,
+            "max_num_seqs": steps.max_num_seqs,
+            "max_model_len": steps.max_model_len,
+            "tensor_parallel_size": steps.shape.tensor_parallel_size,
+        }
+    own = {key: value for key, value in given.items() if value is not None}
+    return Options(gpu=gpu, **engine | own)
 
 
 def simulate(
@@ -52,7 +72,9 @@ def simulate(
         options, trace.stem, requests, outcome
     )
     head |= {
+        "gpu": simulation.steps.device if simulation.steps else options.gpu,
         "truth": simulation.truth,
+        "measure_at_start": bool(simulation.steps) or options.measure_at_start,
         "tensor_parallel_size": options.tensor_parallel_size,
         "enable_expert_parallel": options.enable_expert_parallel,
         "moe_backend": options.moe_backend,

@@ -68,6 +68,8 @@ class GroundTruth:
 
     On the whole GPU a step takes what ``measured`` says, and by how much fewer SMs or a
     neighbour slow it is the roofline's ratio. Without ``measured`` all is the roofline's.
+    Decodes are padded to the next of ``graph_sizes``. ``includes_host``: the roofline's times of
+    whole steps are of steps that the host has launched, so that launching costs nothing more.
     """
 
     def __init__(
@@ -75,8 +77,13 @@ class GroundTruth:
         roofline: Roofline,
         disturbances: Disturbances,
         measured: MeasuredSteps | None = None,
+        *,
+        graph_sizes: Sequence[int] = GRAPH_SIZES,
+        includes_host: bool = False,
     ) -> None:
         self.roofline = roofline
+        self.graph_sizes = graph_sizes
+        self.includes_host = includes_host
         self.measured = measured
         self.num_sms = roofline.profile.num_sms
         self.disturbances = disturbances
@@ -88,8 +95,8 @@ class GroundTruth:
     def decode(self, context_lens: Sequence[int]) -> Work:
         """A decode step as its CUDA graph runs it: padded."""
         count = len(context_lens)
-        at = bisect_left(GRAPH_SIZES, count)
-        padded = GRAPH_SIZES[at] if at < len(GRAPH_SIZES) else count
+        at = bisect_left(self.graph_sizes, count)
+        padded = self.graph_sizes[at] if at < len(self.graph_sizes) else count
         summary = replace(self.roofline.decode_summary(context_lens), decode_tokens=padded)
         return self._work(summary, context_lens, [], [], padding=padded - count)
 
@@ -110,6 +117,8 @@ class GroundTruth:
             query_lens, context_lens
         )
         work = self._work(summary, decode_context_lens, query_lens, context_lens)
+        if self.includes_host:
+            return work.whole_ms
         tokens = len(decode_context_lens) + sum(query_lens)
         return max(work.whole_ms, self.launch_ms(tokens))
 

@@ -5,27 +5,40 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 # A GPU's engine is planned here, whatever machine this is, and nothing is logged.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
 os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_duet.anchors import (
+    Anchor,
+    LaneAnchor,
+    StepLimits,
+    StepShape,
+    fit,
+    lane_shapes,
+    shapes_to_measure,
+    within,
+)
 from vllm_duet.doctor import GPU_MEMORY_UTILIZATION
 from vllm_duet.metrics import steps_by_mode
-from vllm_duet.policy import PolicyLimits
+from vllm_duet.policy import PolicyLimits, decode_lanes
 from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
 from vllm_duet.sim.engine import (
     QUEUE_SIZE,
@@ -35,13 +48,24 @@ from vllm_duet.sim.engine import (
     SimulatedClock,
     SimulatedEngine,
 )
-from vllm_duet.sim.executor import Disturbances, GroundTruth, Interval, SimulatedGpu
+from vllm_duet.sim.executor import (
+    GRAPH_SIZES,
+    Disturbances,
+    GroundTruth,
+    Interval,
+    SimulatedGpu,
+)
 from vllm_duet.sim.kv_cache import BLOCK_SIZE, kv_cache_config, text_model
 from vllm_duet.sim.systems import SYSTEMS, SimulatedDuetScheduler, System, forecaster, system_named
 from vllm_duet.sim.traces import TraceRequest
+from vllm_duet.start import BUDGET_S, LAUNCHES, STEPS
+from vllm_duet.steps_file import Measured, StepsFile
 
 if TYPE_CHECKING:  # needs pandas
     from vllm_duet.sim.measured import MeasuredSteps
+
+# Where there is no Triton vLLM refuses a config with the runner that a GPU has.
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if HAS_TRITON else "0")
 
 FIXED_BYTES = 1.0e9
 """CUDA context and graphs: an assumption."""
@@ -55,6 +79,10 @@ class SimulationError(ValueError):
 class Options:
     """What is simulated. ``model`` is a config.json or the folder that holds it.
 
+    ``gpu`` is a GPU profile's name or YAML file, or the file of steps that an engine has measured
+    (``read_steps``), which are then the GPU's times, and the policy's, too. Other policies
+    forecast by their profile, or by steps that they have run on the simulated GPU
+    (``measure_at_start``).
     ``ttft_slo_ms`` only says which requests are good: no scheduler is told of it.
     ``weight_dtype`` and ``kv_dtype`` are as in ModelShape.from_hf_config.
     ``enable_expert_parallel`` and ``moe_backend`` (a key of measured.tables.MOE_BACKENDS, or None
@@ -83,6 +111,7 @@ class Options:
     async_scheduling: bool = True
     concurrency: int | None = None
     truth: Literal["measured", "roofline"] = "measured"
+    measure_at_start: bool = False
     disturbances: Disturbances = field(default_factory=Disturbances)
     costs: CpuCosts = field(default_factory=CpuCosts)
     front_end: FrontEnd = field(default_factory=FrontEnd)
@@ -112,7 +141,7 @@ def scheduler_alone(
     """A scheduler without an engine, with a KV cache of ``config``'s number of blocks."""
     cache = kv_cache_config(config, shape)
     block_size, hash_block_size = resolve_kv_cache_block_sizes(cache, config)
-    return scheduler_cls(
+    scheduler = scheduler_cls(
         config,
         kv_cache_config=cache,
         structured_output_manager=StructuredOutputManager(config),
@@ -121,6 +150,23 @@ def scheduler_alone(
         log_stats=False,
         **kwargs,
     )
+    scheduler.use_v2_model_runner = True  # steps are laid out for a GPU's
+    return scheduler
+
+
+def read_steps(gpu: str) -> StepsFile | None:
+    """The measured steps that ``gpu`` names; None where it names a profile.
+
+    Raises:
+        SimulationError: there is no such file.
+        StepsFileError: it is another kind of file.
+    """
+    if not gpu.endswith(".json"):
+        return None
+    try:
+        return StepsFile.load(Path(gpu))
+    except OSError as error:
+        raise SimulationError(f"no file of measured steps can be read: {error}") from error
 
 
 class Simulation:
@@ -129,7 +175,8 @@ class Simulation:
     Raises:
         SimulationError: the scheduler is unknown or cannot do this, or the model does not
             fit the GPU.
-        ValueError: the model's architecture or the GPU profile is not known.
+        ValueError: the model's architecture or the GPU profile is not known, or the file of
+            measured steps is wrong or of another model.
     """
 
     def __init__(self, options: Options) -> None:
@@ -144,15 +191,23 @@ class Simulation:
         if options.scheduler == "disaggregated" and options.concurrency is not None:
             raise SimulationError("disaggregated has no closed loop")
         self.options = options
-        self.profile = GpuProfile.load(options.gpu)
+        self.steps = read_steps(options.gpu)
         config_file = options.model / "config.json" if options.model.is_dir() else options.model
         self._hf_config: dict[str, Any] = json.loads(config_file.read_text())
-        self.shape = ModelShape.from_hf_config(
-            self._hf_config,
-            weight_dtype=options.weight_dtype,
-            kv_dtype=options.kv_dtype,
-            tensor_parallel_size=options.tensor_parallel_size,
-        )
+        if self.steps is None:
+            self.roofline = Roofline(
+                ModelShape.from_hf_config(
+                    self._hf_config,
+                    weight_dtype=options.weight_dtype,
+                    kv_dtype=options.kv_dtype,
+                    tensor_parallel_size=options.tensor_parallel_size,
+                ),
+                GpuProfile.load(options.gpu),
+            )
+        else:
+            self._check(self.steps)
+            self.roofline = self.steps.roofline()
+        self.shape, self.profile = self.roofline.shape, self.roofline.profile
         self.measured, self.truth = self._measured()
         self.kv_cache_tokens = self._kv_cache_tokens()
         self.max_model_len = min(
@@ -238,14 +293,17 @@ class Simulation:
     def engine(self, *, prefill_is_free: bool = False) -> SimulatedEngine:
         """A fresh engine with an empty KV cache."""
         options, clock = self.options, SimulatedClock()
-        roofline = Roofline(self.shape, self.profile)
-        if prefill_is_free:
-            # No chunks: prompts cost nothing, and whole ones arrive.
-            truth: GroundTruth = _FreePrefill(roofline, options.disturbances, self.measured)
-            config = self._vllm_config(max_num_batched_tokens=self.kv_cache_tokens)
-        else:
-            truth = GroundTruth(roofline, options.disturbances, self.measured)
-            config = self._vllm_config(options.max_num_batched_tokens)
+        truth = (_FreePrefill if prefill_is_free else GroundTruth)(
+            self.roofline,
+            options.disturbances,
+            self.measured,
+            graph_sizes=self.steps.graph_sizes if self.steps else GRAPH_SIZES,
+            includes_host=self.steps is not None,
+        )
+        # With free prompts there are no chunks: whole ones arrive.
+        config = self._vllm_config(
+            self.kv_cache_tokens if prefill_is_free else options.max_num_batched_tokens
+        )
         scheduler: Any
         if self.system.policy is None:
             stock = self.system.stock if options.async_scheduling else Scheduler
@@ -255,6 +313,9 @@ class Simulation:
             forecast = forecaster(
                 self.shape, self.profile, self.system, options.model_error, options.seed
             )
+            if self.steps or options.measure_at_start:
+                found = self._measured_at_start(forecast, truth)
+                forecast = forecast.anchored(fit(forecast, found.anchors, found.lanes))
             scheduler = scheduler_alone(
                 SimulatedDuetScheduler,
                 config,
@@ -262,6 +323,7 @@ class Simulation:
                 policy=functools.partial(self.system.policy, forecast, limits),
                 clock=clock,
                 follows=self.system.follows,
+                has_lanes=self._has_lanes,
             )
         return SimulatedEngine(
             scheduler,
@@ -292,8 +354,92 @@ class Simulation:
         config.cache_config.num_gpu_blocks = self.kv_cache_tokens // BLOCK_SIZE
         return config
 
+    @property
+    def _has_lanes(self) -> bool:
+        """Whether there is a profile to say how SMs share the work, and what was measured does
+        not speak against splitting."""
+        if self.steps is None:
+            return True
+        refusal = self.steps.found.refusal(PolicyLimits(self.options.tbt_slo_ms).throughput_margin)
+        return self.steps.profile is not None and refusal is None
+
+    def _check(self, steps: StepsFile) -> None:
+        """
+        Raises:
+            SimulationError: the options ask for another model or engine than the steps' own.
+        """
+        options, text, shape = self.options, text_model(self._hf_config), steps.shape
+        asked = text.get("hidden_size"), text.get("num_hidden_layers"), text.get("vocab_size")
+        if asked != (shape.hidden_size, shape.num_layers, shape.vocab_size):
+            raise SimulationError(
+                f"{options.gpu} has the steps of {steps.model}, and this model is another one"
+            )
+        for name, value, own in (
+            ("tensor_parallel_size", options.tensor_parallel_size, shape.tensor_parallel_size),
+            ("kv_cache_dtype", options.kv_dtype, shape.kv_dtype),
+            ("weight_dtype", options.weight_dtype, shape.weight_dtype),
+        ):
+            if value not in (None, "auto", own):
+                raise SimulationError(
+                    f"{options.gpu} was measured with {name} {own}, not {value}: calibrate with it"
+                )
+        if steps.profile is None and options.scheduler == "disaggregated":
+            raise SimulationError(
+                f"disaggregated needs to know the link between GPUs, and {steps.device} has no"
+                " profile"
+            )
+
+    def _measured_at_start(self, forecast: Roofline, truth: GroundTruth) -> Measured:
+        """What a policy with this forecast measures before the first request: what the file has,
+        or steps on the simulated GPU, whole and side by side, chosen and timed as start.py does."""
+        if self.steps:
+            return self.steps.found
+        random, clock_ms = Random(self.options.seed), 0.0
+
+        def timed(ms: float, count: int = STEPS) -> float:
+            """The median of noisy times, of which the first does not count."""
+            nonlocal clock_ms
+            noise = truth.disturbances.noise
+            times = [ms * math.exp(random.gauss(0.0, noise)) for _ in range(count)]
+            clock_ms += sum(times)
+            return median(times[1:])
+
+        def prompt(shape: StepShape) -> tuple[list[int], list[int]]:
+            return ([shape.prefill], [shape.prefill_context]) if shape.prefill else ([], [])
+
+        def measure(shape: StepShape) -> Anchor:
+            decodes = [shape.decode_context] * shape.decodes
+            return Anchor(shape, timed(truth.step_ms(decodes, *prompt(shape))))
+
+        def beside(sms: int, shape: StepShape) -> LaneAnchor:
+            works = (
+                truth.decode([shape.decode_context] * shape.decodes),
+                truth.prefill(*prompt(shape)),
+            )
+            decode_ms, prefill_ms = truth.pair_ms(*works, sms, truth.num_sms - sms)
+            return LaneAnchor(sms, shape, timed(decode_ms), timed(prefill_ms, LAUNCHES))
+
+        seqs, block = self.options.max_num_seqs, BLOCK_SIZE
+        limits = StepLimits(
+            max_seqs=seqs,
+            max_tokens=self.options.max_num_batched_tokens,
+            max_context=self.max_model_len,
+            cache_tokens=self.kv_cache_tokens - block * (seqs + 2),
+        )
+        shapes = shapes_to_measure(limits)
+        whole = list(within(shapes, forecast, BUDGET_S, measure, lambda: clock_ms / 1e3))
+        decodes, prefill = lane_shapes(limits, seqs)
+        pairs = [shape._replace(prefill=prefill.prefill) for shape in decodes if prefill]
+        lanes = decode_lanes(self.profile, None) if pairs else ()
+        return Measured(whole, [beside(sms, pair) for sms in lanes for pair in pairs])
+
     def _measured(self) -> tuple[MeasuredSteps | None, str]:
         """The measured truth where there is one, and in words what the truth is."""
+        if own := self.steps:
+            return None, (
+                f"{len(own.found.anchors)} steps measured on {own.device} with vLLM"
+                f" {own.versions['vllm']}, others by the roofline's ratio to them"
+            )
         if self.options.truth == "roofline":
             return None, "the roofline"
         try:
@@ -314,6 +460,8 @@ class Simulation:
     def _kv_cache_tokens(self) -> int:
         """Tokens of KV cache that vLLM would find room for: what is left of its share of
         the memory beside weights, activations of the largest step, logits, and the rest."""
+        if self.steps:
+            return self.steps.kv_cache_tokens // BLOCK_SIZE * BLOCK_SIZE
         shape, options = self.shape, self.options
         memory = options.gpu_memory_utilization * self.profile.memory_bytes
         width = 4 * shape.hidden_size + 3 * shape.local_width(shape.intermediate_size)

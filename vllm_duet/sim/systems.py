@@ -56,7 +56,10 @@ class System:
 
 
 class SimulatedDuetScheduler(DuetScheduler):
-    """DuetScheduler with a policy that is given, on a GPU that can be split if the model can."""
+    """DuetScheduler with a policy that is given, on a GPU that can be split if the model can.
+
+    ``has_lanes``: whether the GPU's SMs can be divided, and that pays.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class SimulatedDuetScheduler(DuetScheduler):
         policy: Callable[[StepTimeCorrection], Policy],
         clock: SimulatedClock,
         follows: bool = True,
+        has_lanes: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -72,6 +76,8 @@ class SimulatedDuetScheduler(DuetScheduler):
             for limit in LIMITS
             if limit.about == "model" and limit.applies(self.vllm_config, self.kv_cache_config)
         ]
+        if not has_lanes:
+            self._blockers.append("no lanes")
         correction = StepTimeCorrection()
         decides = not deciding_blockers(self.vllm_config)
         self._decide_by(policy(correction) if decides else None, correction, clock)

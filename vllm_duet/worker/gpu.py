@@ -230,8 +230,8 @@ class DuetModelRunner(DuetModelRunnerMixin, GPUModelRunner):  # type: ignore[mis
         num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         if num_sms != profile.num_sms:
             raise LaneError(
-                f"the GPU profile says {profile.num_sms} SMs and the GPU has {num_sms}: name or"
-                " calibrate the right one with the option gpu_profile"
+                f"the GPU profile says {profile.num_sms} SMs and the GPU has {num_sms}: name the"
+                " right one with the option gpu_profile"
             )
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         return CudaLanePair.create(decode_sms, self.device, config.prefill_launch == "slices")
