@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def _config_file(name: str) -> Path:
     [
         ("MiniMaxAI--MiniMax-M2.5", "fp8_block", "fp8_block"),
         ("nvidia--MiniMax-M2.5-NVFP4", "bfloat16", "nvfp4"),
-        ("moonshotai--Kimi-K2.5", "bfloat16", "int4"),
+        ("moonshotai--Kimi-K2.5", "bfloat16", "int4_group32"),
         ("openai--gpt-oss-120b", "bfloat16", "mxfp4"),
     ],
 )
@@ -184,7 +185,15 @@ def test_shared_experts_that_are_quantized_beside_plain_attention_are_not_guesse
     with pytest.raises(UnsupportedArchitectureError, match="part of its layers quantized"):
         ModelShape.from_hf_config(file)
     ignored[:] = ["lm_head"]
-    assert ModelShape.from_hf_config(file).weight_dtype == "int4"
+    assert ModelShape.from_hf_config(file).weight_dtype == "int4_group32"
+
+
+def test_kimi_has_a_scale_for_each_32_weights_of_its_experts() -> None:
+    shape = ModelShape.from_hf_config(_config_file("moonshotai--Kimi-K2.5"))
+    wider = replace(shape, experts=replace(shape.experts, weight_dtype="int4"))
+    weights = 60 * 384 * 3 * 7168 * 2048
+    more = 2 / 32 - 2 / 128
+    assert shape.weight_bytes - wider.weight_bytes == pytest.approx(more * weights)
 
 
 def _is_published(found: int, published: str) -> bool:

@@ -180,7 +180,7 @@ def _weight_dtype(read: _Reader) -> str | None:
         if kind == ("int", 8) and group.get("input_activations"):
             return "int8"
         if kind == ("int", 4):
-            return "int4"
+            return "int4_group32" if weights.get("group_size") == 32 else "int4"
     raise UnsupportedArchitectureError(
         f"quantization {method!r} of {read.architecture} is not supported in this form; supported"
         " are fp8, 4-bit awq and gptq, gpt-oss's mxfp4, modelopt's FP8 and NVFP4, and"

@@ -28,6 +28,7 @@ WEIGHT_BYTES: Mapping[str, float] = {
     "nvfp4": 0.5 + 1.0 / 16,
     # Four bits, and a 16-bit scale for each group of 128.
     "int4": 0.5 + 2.0 / 128,
+    "int4_group32": 0.5 + 2.0 / 32,
     # Four bits, and an 8-bit scale for each block of 32. Source: OCP Microscaling Formats 1.0.
     "mxfp4": 0.5 + 1.0 / 32,
 }

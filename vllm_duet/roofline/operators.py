@@ -159,8 +159,8 @@ def linear(
 
 
 def _timed_as(weight_dtype: str) -> str:
-    """Either dtype of 16 bits takes the times of the other."""
-    return "bfloat16" if weight_dtype == "float16" else weight_dtype
+    """Either dtype of 16 bits takes the times of the other, and so does int4 of any groups."""
+    return {"float16": "bfloat16", "int4_group32": "int4"}.get(weight_dtype, weight_dtype)
 
 
 def rowwise(

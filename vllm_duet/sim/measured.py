@@ -474,8 +474,8 @@ def _bytes_per_ms(gpu: str) -> float:
 
 
 def _table_dtype(weight_dtype: str) -> str:
-    """What the tables call weights of this dtype."""
-    return "bfloat16" if weight_dtype == "float16" else weight_dtype
+    """What the tables call weights of this dtype; of int4 they do not say the groups."""
+    return {"float16": "bfloat16", "int4_group32": "int4"}.get(weight_dtype, weight_dtype)
 
 
 def _token_grid(gpu: str) -> FloatArray:
