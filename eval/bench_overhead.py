@@ -185,7 +185,7 @@ def measure(num_running: int, case: dict[str, Any], repeats: int) -> dict[str, A
 def be_busy(step_times: Any) -> None:
     """What a GPU would have taught the scheduler; here steps take no time, and prompts end."""
     step_times._spare = BUSY
-    step_times._joined = 0.0
+    step_times._late = 0.0
     step_times.correction._kinds.clear()
 
 

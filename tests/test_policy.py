@@ -338,16 +338,22 @@ def test_the_guard_tightens_the_bound_and_nothing_else(case: Case, bound_ms: flo
 
 
 @given(CASES, BOUNDS)
-def test_where_joins_are_frequent_the_bound_holds_for_two_steps(
+def test_where_many_short_answers_join_late_the_bound_holds_for_two_steps(
     case: Case, bound_ms: float
 ) -> None:
-    often = replace(case, load=case.load._replace(joined=0.1))
+    often = replace(case, load=case.load._replace(late=0.1))
     plan = often.decide(PolicyLimits(bound_ms))
     in_reach = min(case.mixed_ms(MIN_CHUNK_TOKENS), case.mixed_ms()) <= bound_ms
     if plan.mode is Mode.SPLIT and in_reach:
         assert 2 * plan.tbt_ms <= bound_ms
-    rare = replace(case, load=case.load._replace(joined=0.001))
+    rare = replace(case, load=case.load._replace(late=0.001))
     assert rare.decide(PolicyLimits(bound_ms)) == case.decide(PolicyLimits(bound_ms))
+
+
+@given(CASES, BOUNDS, st.sampled_from([0.0, 0.1]))
+def test_a_plan_says_whether_who_joins_is_late(case: Case, bound_ms: float, late: float) -> None:
+    plan = replace(case, load=case.load._replace(late=late)).decide(PolicyLimits(bound_ms))
+    assert plan.joins_late == (plan.mode is Mode.SPLIT and 2 * plan.tbt_ms > bound_ms)
 
 
 @given(CASES, BOUNDS, st.floats(0, 1))
@@ -607,4 +613,4 @@ def test_imports_neither_torch_nor_vllm() -> None:
 def test_a_plan_holds_plain_numbers() -> None:
     for bound_ms in (20.0, 50.0, 1000.0):
         plan = Case(roofline_of(), [4300] * 80, [8000], [0]).decide(PolicyLimits(bound_ms))
-        assert {type(value) for value in astuple(plan)} <= {Mode, str, int, float, type(None)}
+        assert {type(value) for value in astuple(plan)} <= {Mode, str, int, float, bool, type(None)}

@@ -81,20 +81,19 @@ def test_time_in_which_nothing_ran_is_time_to_spare() -> None:
     assert times.load.spare == pytest.approx(1.0)
 
 
-def test_load_has_the_share_of_tokens_after_a_join() -> None:
+def test_load_has_the_share_of_short_answers_that_joined_late() -> None:
     times = StepTimes(None, Clock())
-    decodes = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(range(100), 1))
-    assert times.load.joined == 0
-    for _ in range(500):  # two of a hundred requests have just joined, at every other step
-        for _ in range(2):
-            times.scheduled(decodes, DECODE_LANE)
-            times.ended(decodes)
-        times.prefill_ended(DuetPlan(Mode.SPLIT, ""), 1.0, num_decoding=2)
-    assert times.load.joined == pytest.approx(0.01, rel=0.02)
-    for _ in range(1000):
-        times.scheduled(decodes, DECODE_ONLY)
-        times.ended(decodes)
-    assert 0 < times.load.joined < 1e-6
+    late, in_time = (DuetPlan(Mode.SPLIT, "", joins_late=each) for each in (True, False))
+    times.prefill_ended(late, 1.0, num_decoding=1)
+    assert times.load.late == 0  # nobody knows yet what answers are like
+    for number in range(3000):  # every tenth joins late, and every second is short
+        times.prefill_ended(late if number % 10 == 0 else in_time, 1.0, num_decoding=1)
+        times.finished(100 if number % 2 else 101)
+    assert times.load.late == pytest.approx(0.05, rel=0.1)
+    for _ in range(3000):
+        times.prefill_ended(late, 1.0, num_decoding=1)
+        times.finished(101)
+    assert times.load.late < 1e-3
 
 
 def test_a_step_scheduled_while_another_ran_is_timed_from_that_ones_end() -> None:

@@ -43,7 +43,8 @@ class DuetPlan:
     ``tokens_per_s`` the forecast throughput, and ``decode_ms`` what the decodes would take
     alone on all SMs. ``whole_step_ms`` and ``whole_prefill_ms`` are what one of a SPLIT's decode
     steps and its prefill would cost, corrected, by the best plan that does not split; 0 where
-    none keeps the bound.
+    none keeps the bound. ``joins_late``: two decode steps of a SPLIT break the bound, so a
+    request that joins may wait longer than the bound for its second token.
     """
 
     mode: Mode
@@ -58,6 +59,7 @@ class DuetPlan:
     decode_ms: float = 0.0
     whole_step_ms: float = 0.0
     whole_prefill_ms: float = 0.0
+    joins_late: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,12 @@ KV_SHARES: Final = (0.8, 0.95)
 """Where more than the second share of the KV cache is in use, prompts wait for decodes to end."""
 
 LATE_SHARE: Final = 0.004
-"""The part of all tokens that may break the bound after a join: it is one on the 99th
-percentile, and steps that take longer than forecast need their part too."""
+"""The part of all requests that may break the bound by their second token, which comes late after
+a join: one in a hundred may, and steps that take longer than forecast need their part too."""
+
+JOIN_STEPS: Final = 2
+"""Decode steps for which a request that joins waits for its second token: a join is seen when a
+step ends, and asynchronous scheduling has queued one more by then."""
 
 NUM_CHUNK_SIZES: Final = 64
 """A cap is chosen to within this part of the prefill."""
@@ -56,15 +60,16 @@ class Load(NamedTuple):
     """What the GPU is short of.
 
     ``spare`` is the share of the last seconds in which it kept up with its prompts: it had nothing
-    to do, or decodes alone while no prompt waited. ``joined`` is the share of the last thousands
-    of tokens that were a request's second after it joined. ``backlog`` is how many steps the
-    prompts that wait could fill, as far as the KV cache has room for them, and ``kv_usage`` the
-    share of it that is in use. ``waited_ms``: for how long requests that have just joined will
-    have waited for their second token when the step begins.
+    to do, or decodes alone while no prompt waited. ``late`` is the share of the last requests that
+    joined by a plan that ``joins_late`` and had a short answer, of which one late token decides
+    the 99th percentile. ``backlog`` is how many steps the prompts that wait could fill, as far as
+    the KV cache has room for them, and ``kv_usage`` the share of it that is in use. ``waited_ms``:
+    for how long requests that have just joined will have waited for their second token when the
+    step begins.
     """
 
     spare: float
-    joined: float = 0.0
+    late: float = 0.0
     backlog: float = 0.0
     kv_usage: float = 0.0
     waited_ms: float = 0.0
@@ -448,15 +453,14 @@ class ForecastPolicy:
             num_decodes, prefill_tokens, whole_ms, prefill_ms * factor, decode_ms * alone, load
         )
         prices = (decode_price, whole_ms - decode_price)
+        steps_between = JOIN_STEPS if load.late > LATE_SHARE else 1
         splits = self._splits(
             lanes,
             step_ms,
             until_done_ms,
             *prices,
             follows=bool(lane_in_use),
-            # A join is seen when a step ends, and asynchronous scheduling has queued one
-            # more by then: a request waits for its second token for two steps.
-            steps_between=2 if load.joined > LATE_SHARE else 1,
+            steps_between=steps_between,
         )
 
         reason = _KEEPS_BOUND
@@ -504,6 +508,7 @@ class ForecastPolicy:
                 decode_ms=decode_ms,
                 whole_step_ms=whole_step_ms,
                 whole_prefill_ms=whole_prefill_ms,
+                joins_late=JOIN_STEPS * split.guarded_ms > steps_between * limits.tbt_slo_ms,
             )
         whole = cap == prefill_tokens
         return DuetPlan(

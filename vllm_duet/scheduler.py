@@ -498,6 +498,7 @@ class DuetScheduler(AsyncScheduler):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         freed = super()._free_request(request, delay_free_blocks)
+        self._step_times.finished(request.num_output_tokens)
         if self._in_flight:
             self._held = [other for other in self._held if other is not request]
             if (prefill := self._in_flight_with(request.request_id)) is not None:

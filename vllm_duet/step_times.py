@@ -16,15 +16,18 @@ from math import exp, inf
 from typing import Any, NamedTuple
 
 from vllm_duet.plan import DuetPlan
-from vllm_duet.policy import DECODE_LANE, DECODE_ONLY, IDLE, PREFILL_LANE, Load
+from vllm_duet.policy import DECODE_LANE, DECODE_ONLY, IDLE, LATE_SHARE, PREFILL_LANE, Load
 from vllm_duet.roofline import StepTimeCorrection
 from vllm_duet.watch import LaneWatch
 
 SPARE_SECONDS = 2.0
 """Over which Load.spare is averaged."""
 
-JOINED_TOKENS = 10_000
-"""Over which Load.joined is averaged."""
+SHORT_ANSWER_TOKENS = 100
+"""In an answer of no more, the longest gap has a part in the 99th percentile."""
+
+NUM_REQUESTS = round(1 / LATE_SHARE)
+"""Over which Load.late is averaged: as many as one of which may be late."""
 
 
 class Step(NamedTuple):
@@ -61,14 +64,15 @@ class StepTimes:
         """Gaps between two tokens of a request that were longer than the bound, by the mode of
         the step, or DECODE_ONLY."""
         self._bound_ms = bound_ms
-        self._spare, self._joined = IDLE.spare, IDLE.joined
+        self._spare, self._late = IDLE.spare, IDLE.late
+        self._num_finished, self._short = 0, 0.0
         self._last_end = 0.0
         self._decode_only_ms = 0.0
 
     @property
     def load(self) -> Load:
         """What steps tell of it, as exponential averages."""
-        return Load(self._spare, self._joined)
+        return Load(self._spare, self._late)
 
     def scheduled(
         self,
@@ -87,7 +91,6 @@ class StepTimes:
         step: Step | None = getattr(scheduler_output, "duet_step", None)
         if step is None:
             return
-        self._joined *= exp(-len(scheduler_output.num_scheduled_tokens) / JOINED_TOKENS)
         now = self.clock()
         idle = step.scheduled_at - self._last_end if self._last_end else 0.0
         seconds = now - max(step.scheduled_at, self._last_end)
@@ -122,10 +125,21 @@ class StepTimes:
             self.correction.observe(decode_ms, self._decode_only_ms, DECODE_ONLY)
         self._decode_only_ms = 0.0
 
+    def finished(self, num_tokens: int) -> None:
+        """A request has finished, with an answer of ``num_tokens``."""
+        self._num_finished = min(self._num_finished + 1, NUM_REQUESTS)
+        self._short += ((num_tokens <= SHORT_ANSWER_TOKENS) - self._short) / self._num_finished
+        self._late *= 1 - 1 / NUM_REQUESTS
+
     def prefill_ended(self, plan: DuetPlan, busy_ms: float, num_decoding: int) -> None:
         """The prefill of ``plan`` has joined, of which ``num_decoding`` requests go on to
-        decode; its lane was busy with it for ``busy_ms``."""
-        self._joined += num_decoding / JOINED_TOKENS
+        decode; its lane was busy with it for ``busy_ms``.
+
+        How many of those that join late have short answers is taken from the requests that have
+        finished, so that it counts at once.
+        """
+        if plan.joins_late:
+            self._late += num_decoding * self._short / NUM_REQUESTS
         if self.correction is not None:
             self.correction.observe(plan.prefill_ms, busy_ms, PREFILL_LANE)
         if self.watch is not None:

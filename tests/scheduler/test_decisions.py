@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 from vllm_duet.plan import DuetPlan, Mode
 from vllm_duet.policy import FixedModePolicy, Load
 from vllm_duet.scheduler import DuetScheduler
+from vllm_duet.step_times import NUM_REQUESTS
 
 LANE_STEP_MS = 7.0
 
@@ -26,6 +27,7 @@ class Told(FixedModePolicy):
         self.prompts: list[list[int]] = []
         self.loads: list[Load] = []
         self.can_split: list[bool] = []
+        self.joins_late = False
 
     def decide(
         self,
@@ -40,7 +42,7 @@ class Told(FixedModePolicy):
         plan = super().decide(
             decode_context_lens, prefill_query_lens, prefill_context_lens, **kwargs
         )
-        return replace(plan, tbt_ms=LANE_STEP_MS)
+        return replace(plan, tbt_ms=LANE_STEP_MS, joins_late=self.joins_late)
 
 
 def served(shape: Shape, decodes: int = 2) -> tuple[Engine, Told]:
@@ -109,3 +111,16 @@ def test_who_has_just_joined_waits_for_the_step_that_is_queued(asynchronous) -> 
     engine.add([9] * 9, max_tokens=20)
     engine.step()
     assert told.loads[-1].waited_ms == 0
+
+
+def test_short_answers_that_join_late_are_counted() -> None:
+    engine, told = served(Shape())
+    for told.joins_late in (False, False, True, False):
+        joined = engine.scheduler.totals.joined
+        engine.add([7 + joined] * 9, max_tokens=2)
+        while engine.scheduler.totals.joined == joined:
+            engine.step()
+        for _ in range(3):  # it ends
+            engine.step()
+    late = [load.late for load in told.loads]
+    assert late[:3] == [0, 0, 0] and late[3] == pytest.approx(1 / NUM_REQUESTS, rel=0.01)
