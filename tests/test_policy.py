@@ -328,7 +328,13 @@ def test_the_same_batch_gets_the_same_plan(case: Case, bound_ms: float) -> None:
 def test_a_gpu_twice_as_slow_is_a_bound_half_as_long(case: Case, bound_ms: float) -> None:
     slow = case.decide(PolicyLimits(bound_ms), FixedCorrection(2.0))
     half = case.decide(PolicyLimits(bound_ms / 2))
-    assert replace(slow, tokens_per_s=2 * slow.tokens_per_s) == half
+    as_fast = replace(
+        slow,
+        tokens_per_s=2 * slow.tokens_per_s,
+        whole_step_ms=slow.whole_step_ms / 2,
+        whole_prefill_ms=slow.whole_prefill_ms / 2,
+    )
+    assert as_fast == half
 
 
 @given(CASES, BOUNDS)
