@@ -12,16 +12,20 @@ import pytest
 
 from vllm_duet.anchors import (
     Anchor,
+    LaneAnchor,
     StepLimits,
     StepShape,
     fit,
+    lane_gains,
+    lane_shapes,
+    level,
     mean_error,
     shapes_to_measure,
     within,
 )
 from vllm_duet.forecast import unknown_device
 from vllm_duet.policy import ForecastPolicy, PolicyLimits, decode_lanes
-from vllm_duet.roofline import GpuProfile, ModelShape, Roofline
+from vllm_duet.roofline import NO_ANCHORS, GpuProfile, LaneFactor, ModelShape, Roofline
 
 MODEL = Path(__file__).parent.parent / "eval/models/qwen3-8b/config.json"
 LIMITS = StepLimits(max_seqs=256, max_tokens=8192, max_context=16384, cache_tokens=400_000)
@@ -93,6 +97,39 @@ def test_an_anchor_is_met(shape) -> None:
     anchors = measured(true, shapes_to_measure(LIMITS))
     alone = [a for a in anchors if a.shape.decodes and a.shape.decode_context == 16]
     assert mean_error(assumed.anchored(fit(assumed, anchors)), alone) < 1e-3
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.4])
+def test_a_fitted_profile_gets_one_factor(shape, factor) -> None:
+    roofline = Roofline(shape, GpuProfile.load("h100-sxm"))
+    anchors = [a._replace(ms=factor * a.ms) for a in measured(roofline, shapes_to_measure(LIMITS))]
+    # One that was disturbed does not count.
+    anchors[3] = anchors[3]._replace(ms=50 * anchors[3].ms)
+    assert level(roofline, anchors) == NO_ANCHORS._replace(steps=((1, pytest.approx(factor)),))
+
+
+def test_lanes_beside_each_other(shape) -> None:
+    """Each is forecast at its measured time, and gains what a cycle's work would take whole."""
+    roofline = Roofline(shape, GpuProfile.load("h100-sxm"))
+    decodes, prefill = lane_shapes(LIMITS, 64)
+    assert prefill is not None
+    whole = {a.shape: a.ms for a in measured(roofline, [*decodes, prefill])}
+    pairs = [decode._replace(prefill=prefill.prefill) for decode in decodes]
+    lanes = []
+    for sms, slower in ((16, 1.2), (32, 3.0)):
+        for pair in pairs:
+            parts = (roofline.summarize(part.batch()) for part in pair.parts())
+            decode_ms, prefill_ms = roofline.pair_ms(*parts, sms, 132 - sms)
+            step_ms = slower * float(decode_ms)
+            steps = float(prefill_ms) / step_ms
+            lanes.append(LaneAnchor(sms, pair, step_ms, float(prefill_ms), prefill_ms, steps))
+    found = fit(roofline, measured(roofline, shapes_to_measure(LIMITS)), lanes)
+    assert found.lanes == (
+        LaneFactor(16, pytest.approx(1.2, rel=0.02), pytest.approx(1.0, rel=0.02)),
+        LaneFactor(32, pytest.approx(3.0, rel=0.02), pytest.approx(1.0, rel=0.02)),
+    )
+    gains = lane_gains(whole, lanes)
+    assert gains.keys() == {16, 32} and gains[16] > 1.05 > gains[32]
 
 
 def test_a_prefill_that_runs_without_a_graph_costs_more(shape) -> None:
