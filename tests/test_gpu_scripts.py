@@ -33,7 +33,7 @@ vllm_duet:lane_busy_seconds_total{lane="decode",engine="0"} 2
 # TYPE vllm_duet:step_time_ratio gauge
 vllm_duet:step_time_ratio{kind="decode_lane",engine="0"} 1.08
 # TYPE vllm_duet:split_possible gauge
-vllm_duet:split_possible{engine="0"} 1
+vllm_duet:split_possible{reason="",engine="0"} 1
 # TYPE vllm:request_success counter
 vllm:request_success_total{engine="0"} 9
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,16 +50,20 @@ def config(scheduler_cls: str | None = None) -> Any:
     return made
 
 
-def stats(**counts: int) -> SchedulerStats:
+def stats(**counts: Any) -> SchedulerStats:
     """Statistics as the API process gets them: encoded, sent and decoded."""
     return crossed(entries(DuetCounters(), **counts))
 
 
 def entries(
-    counters: DuetCounters, launched: int = 0, joined: int = 0, possible: bool = True, **steps: int
+    counters: DuetCounters,
+    launched: int = 0,
+    joined: int = 0,
+    blockers: Sequence[str] = (),
+    **steps: int,
 ) -> Any:
     by_mode = {mode: steps.get(mode, 0) for mode in Mode}
-    return counters.entries(DuetTotals(by_mode, launched, joined), possible, StepTimes(None))
+    return counters.entries(DuetTotals(by_mode, launched, joined), blockers, StepTimes(None))
 
 
 def crossed(entries: dict[str, int]) -> SchedulerStats:
@@ -76,17 +80,17 @@ def series(name: str, **labels: str) -> float | None:
 
 def test_an_entry_is_what_a_total_grew_by():
     counters = DuetCounters()
-    assert entries(counters, launched=1, split=2, possible=False) == {
+    assert entries(counters, launched=1, split=2, blockers=["LoRA", "no: room"]) == {
         "vllm_duet:steps:split": 2,
         "vllm_duet:prefills_launched": 1,
-        "vllm_duet:split_possible": 0,
+        "vllm_duet:split_possible:LoRA; no: room": 0,
     }
     assert entries(counters, launched=1, joined=1, split=5) == {
         "vllm_duet:steps:split": 3,
         "vllm_duet:prefills_joined": 1,
-        "vllm_duet:split_possible": 1,
+        "vllm_duet:split_possible:": 1,
     }
-    assert entries(counters, launched=1, joined=1, split=5) == {"vllm_duet:split_possible": 1}
+    assert entries(counters, launched=1, joined=1, split=5) == {"vllm_duet:split_possible:": 1}
 
 
 def test_totals_become_series():
@@ -102,7 +106,10 @@ def test_totals_become_series():
     assert series("steps_total", mode="capped") == 0
     assert series("prefills_launched_total") == 3
     assert series("prefills_joined_total") == 2
-    assert series("split_possible") == 1
+    assert series("split_possible", reason="") == 1
+    logger.record(stats(blockers=["LoRA", "no: room"]), None)
+    assert series("split_possible", reason="LoRA; no: room") == 0
+    assert series("split_possible", reason="") is None
 
 
 def test_the_time_lanes_were_busy_becomes_seconds():
@@ -113,7 +120,7 @@ def test_the_time_lanes_were_busy_becomes_seconds():
         totals.split_ms += 250.0
         totals.lane_busy_ms["decode"] += 0.4
         totals.lane_busy_ms["prefill"] += 200.0
-        sent = counters.entries(totals, split_possible=True, times=StepTimes(None))
+        sent = counters.entries(totals, blockers=[], times=StepTimes(None))
         logger.record(crossed(sent), None)
     assert series("prefills_failed_total") == 3
     assert series("split_seconds_total") == pytest.approx(0.75)
@@ -128,7 +135,7 @@ def test_how_far_forecasts_are_off_is_told_by_kind_of_step():
         times = StepTimes(StepTimeCorrection(min_samples=1))
         times.correction.observe(1.0, ratio, "decode_lane")
         times.correction.observe(1.0, 0.9, "aggregated")
-        logger.record(crossed(counters.entries(DuetTotals(), True, times)), None)
+        logger.record(crossed(counters.entries(DuetTotals(), [], times)), None)
     assert series("step_time_ratio", kind="decode_lane") == pytest.approx(1.5)
     assert series("step_time_ratio", kind="aggregated") == pytest.approx(0.9)
     assert series("step_time_ratio", kind="prefill_lane") is None
@@ -142,7 +149,7 @@ def test_lanes_and_late_gaps_become_series():
     assert series("late_gaps_total", mode="decode_only") == 0
 
     def record() -> None:
-        logger.record(crossed(counters.entries(DuetTotals(), True, times)), None)
+        logger.record(crossed(counters.entries(DuetTotals(), [], times)), None)
 
     times.late_gaps[Mode.CAPPED] += 3
     record()
@@ -187,7 +194,7 @@ def test_a_crossing_keeps_every_entry():
     assert made.num_running_reqs == 3
     assert made.num_kv_fetch_reqs_by_stage == {
         "vllm_duet:prefills_joined": 5,
-        "vllm_duet:split_possible": 1,
+        "vllm_duet:split_possible:": 1,
     }
 
 

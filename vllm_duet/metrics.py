@@ -10,6 +10,7 @@ DuetStatLogger takes them out again before vLLM's own loggers see the stats.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -75,8 +76,13 @@ class DuetCounters:
     def __init__(self) -> None:
         self._sent: dict[str, int] = {}
 
-    def entries(self, totals: DuetTotals, split_possible: bool, times: StepTimes) -> dict[str, int]:
-        """Entries for ``num_kv_fetch_reqs_by_stage``; must be sent."""
+    def entries(
+        self, totals: DuetTotals, blockers: Sequence[str], times: StepTimes
+    ) -> dict[str, int]:
+        """Entries for ``num_kv_fetch_reqs_by_stage``; must be sent.
+
+        ``blockers`` say why steps cannot be split, a clause each.
+        """
         now = {f"{_STEPS}:{mode}": steps for mode, steps in totals.steps.items()}
         now |= {_LAUNCHED: totals.launched, _JOINED: totals.joined, _FAILED: totals.failed}
         now[_SPLIT_US] = int(1e3 * totals.split_ms)
@@ -96,7 +102,7 @@ class DuetCounters:
             entries |= {f"{_LANE_IN_USE}:{sms}": int(used) for sms, used in watch.in_use.items()}
             if (speedup := watch.split_speedup) is not None:
                 entries[_SPEEDUP_PPM] = int(1e6 * speedup)
-        return entries | {_SPLIT_POSSIBLE: int(split_possible)}
+        return entries | {f"{_SPLIT_POSSIBLE}:{'; '.join(blockers)}": int(not blockers)}
 
 
 class DuetStatLogger(AggregateStatLoggerBase):
@@ -123,12 +129,13 @@ class DuetStatLogger(AggregateStatLoggerBase):
             "Time in which a lane was busy while steps were split.",
             ["lane", *labels],
         )
-        possible = Gauge(
+        self._split_possible = Gauge(
             _SPLIT_POSSIBLE,
-            "1 if the engine can split steps, 0 if it only runs whole ones.",
-            labels,
+            "1 if the engine can split steps, 0 if it only runs whole ones, for the reason given.",
+            ["reason", *labels],
             multiprocess_mode="mostrecent",
         )
+        self._reasons = dict[int, str]()
         late = Counter(
             _LATE_GAPS,
             "Gaps between two tokens of a request that were longer than the bound.",
@@ -179,9 +186,6 @@ class DuetStatLogger(AggregateStatLoggerBase):
             }
             for index, values in engines.items()
         }
-        self._split_possible = {
-            index: possible.labels(*values) for index, values in engines.items()
-        }
 
     def record(
         self,
@@ -197,8 +201,8 @@ class DuetStatLogger(AggregateStatLoggerBase):
         counters, engine = self._counters[engine_idx], self._label_values[engine_idx]
         for key in [key for key in entries if key.startswith(PREFIX)]:
             value = entries.pop(key)
-            if key == _SPLIT_POSSIBLE:
-                self._split_possible[engine_idx].set(value)
+            if key.startswith(_SPLIT_POSSIBLE):
+                self._set_split_possible(key.removeprefix(f"{_SPLIT_POSSIBLE}:"), value, engine_idx)
                 continue
             series, labels = _series_of(key)
             if series in self._gauges:
@@ -210,6 +214,13 @@ class DuetStatLogger(AggregateStatLoggerBase):
             else:
                 in_us = series in (_SPLIT_US, _LANE_BUSY_US)
                 counters[key].inc(1e-6 * value if in_us else value)
+
+    def _set_split_possible(self, reason: str, value: int, engine_idx: int) -> None:
+        engine, before = self._label_values[engine_idx], self._reasons.get(engine_idx)
+        if before is not None and before != reason:
+            self._split_possible.remove(before, *engine)
+        self._reasons[engine_idx] = reason
+        self._split_possible.labels(reason, *engine).set(value)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: the scheduler has said at start-up what it cannot split."""

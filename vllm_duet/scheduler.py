@@ -519,7 +519,7 @@ class DuetScheduler(AsyncScheduler):
         stats = None if self._joining else super().make_stats(*args, **kwargs)
         if stats is not None:
             stats.num_kv_fetch_reqs_by_stage |= self._counters.entries(
-                self.totals, not self._blockers, self._step_times
+                self.totals, self._blockers, self._step_times
             )
         return stats
 
