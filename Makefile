@@ -32,27 +32,32 @@ CUDA       := .venv-cuda$(patsubst %,-%,$(filter-out 0.32.0,$(CUDA_VLLM)))
 FAKE_GPU   := $(CUDA)/fake_gpu
 ON_FAKE_GPU := $(CUDA)/bin/python tests/fake_gpu $(FAKE_GPU)
 
+# By two processes, whatever the machine has: engines and servers need some GB each. Files run in
+# their order, since the long ones are first.
+IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: test check quick test-vllm test-gpu bench-cadence demo lint format clean
 
 test: lint $(MODEL) $(PLAIN)/.ready
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(IN_PARALLEL) $(ARGS)
 
 check: test
 
 quick: lint
-	$(BIN)/pytest --ignore=tests/engine --ignore=tests/http \
+	$(BIN)/pytest $(IN_PARALLEL) --ignore=tests/engine --ignore=tests/http \
 	  --ignore=tests/plain_cpu $(ARGS)
 
 test-vllm: $(OTHER)/.swapped $(MODEL)
-	$(OTHER)/bin/python -m pytest --ignore=tests/roofline \
+	$(OTHER)/bin/python -m pytest $(IN_PARALLEL) --ignore=tests/roofline \
 	  --ignore=tests/lanes --ignore=tests/plain_cpu $(ARGS)
 
 # Without tests/conftest.py, which is for the CPU. The tests start processes on the fake GPU;
 # those of real tokens run on it themselves, since what is imported first makes kernels compute.
 test-gpu: $(FAKE_GPU)/libcuda.so.1
-	FAKE_GPU=$(abspath $(FAKE_GPU)) $(CUDA)/bin/python -m pytest --confcutdir=tests/gpu \
+	FAKE_GPU=$(abspath $(FAKE_GPU)) $(CUDA)/bin/python -m pytest $(IN_PARALLEL) --confcutdir=tests/gpu \
 	  --ignore=tests/gpu/real_tokens tests/gpu $(ARGS)
-	$(ON_FAKE_GPU) python -m pytest --confcutdir=tests/gpu/real_tokens tests/gpu/real_tokens $(ARGS)
+	$(ON_FAKE_GPU) python -m pytest $(IN_PARALLEL) --confcutdir=tests/gpu/real_tokens \
+	  tests/gpu/real_tokens $(ARGS)
 
 bench-cadence: $(FAKE_GPU)/libcuda.so.1
 	$(ON_FAKE_GPU) python eval/bench_cadence.py --kernel-us "0 8 15" \

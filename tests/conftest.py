@@ -4,6 +4,7 @@ import os
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # Model Runner V2 on the CPU: its Triton kernels run in Triton's interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,8 +25,17 @@ settings.register_profile("duet", deadline=None)
 settings.load_profile("duet")
 
 
-# In an environment of their own: make test-gpu.
-collect_ignore = ["gpu"]
+class ServersAlone(LoadFileScheduling):
+    """A file's tests run in one process; those that start servers all in the same, or they would
+    need more memory at once than there is."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "servers" if file.startswith(("tests/http/", "tests/plain_cpu/")) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ServersAlone:
+    return ServersAlone(config, log)
 
 
 @pytest.fixture

@@ -41,6 +41,10 @@ BACKLOG_SHARES: Final = (0.5, 1.0)
 """Where the prompts that wait fill more than the second share of a step, they are what the GPU is
 short of time for."""
 
+QUEUE_STEPS: Final = (2.0, 4.0)
+"""Where the prompts that wait fill more steps than the second, who arrives waits for all of them,
+and tokens come sooner than they have to: what decodes gain is worth nothing then."""
+
 KV_SHARES: Final = (0.8, 0.95)
 """Where more than the second share of the KV cache is in use, prompts wait for decodes to end."""
 
@@ -333,27 +337,29 @@ def _choose_cap(
     ``splits_ms`` is the smallest TBT of a split, guard included, which matters where
     nothing keeps the bound. The speedup is -inf where no chunk does.
 
-    Between chunks, a decode step is worth ``added_ms``, what it adds to a mixed step: at a
-    higher price those chunks win that cost next to nothing beside reading the weights,
-    and prompts crawl.
+    Between chunks, a decode step is worth ``added_ms``, what it adds to a mixed step, or less: at
+    a higher price those chunks win that cost next to nothing beside reading the weights,
+    and prompts crawl. From some hundred tokens on chunks hardly differ in speedup, less than
+    forecasts are wrong; of those within ``must_beat`` of the fastest the largest wins, which
+    serves the prompts soonest.
     """
     last = forecast_ms.size - 1
     work = tokens + tokens_per_pair * pairs
     lowest_ms = min(splits_ms, forecast_ms.min() * factor * guard)
     if lowest_ms > bound_ms:
         bound_ms = lowest_ms * must_beat
-    best, best_speedup, found = last, -np.inf, -np.inf
+    speedups = np.full(last + 1, -np.inf)
     for n in range(last + 1):
         wall_ms = forecast_ms[n] * factor
         if wall_ms * guard <= bound_ms:
             rest_ms = (decode_ms + prefill_ms - added_ms) * work[n] / work[last]
-            found = _compiled_speedup(1.0, added_ms, rest_ms, wall_ms)
-            if found > best_speedup:
-                best, best_speedup = n, found
-    if best_speedup == -np.inf:
-        return best, best_speedup, bound_ms
-    if forecast_ms[last] * factor * guard <= bound_ms and best_speedup <= must_beat * found:
-        best = last
+            speedups[n] = _compiled_speedup(1.0, added_ms, rest_ms, wall_ms)
+    fastest = speedups.max()
+    if fastest == -np.inf:
+        return last, fastest, bound_ms
+    best = last
+    while speedups[best] * must_beat < fastest:
+        best -= 1
     part_ms = prefill_ms * work[best] / work[last]
     return best, _compiled_speedup(1.0, decode_ms, part_ms, forecast_ms[best] * factor), bound_ms
 
@@ -481,7 +487,7 @@ class ForecastPolicy:
                 self._tokens_per_pair,
                 factor,
                 guard,
-                factor * (mixed_ms - prefill_ms),
+                self.added_price(factor * (mixed_ms - prefill_ms), load),
                 *prices,
                 within_ms,
                 min([split.guarded_ms for split in splits], default=np.inf),
@@ -537,14 +543,24 @@ class ForecastPolicy:
         step, or where the KV cache is so full that they wait for decodes to end, that is a
         step alone. Where prompts are what the GPU is short of time for, it is what decodes add
         to a mixed step: most of a step alone is reading the weights when decodes are few,
-        which beside a prefill they get for nothing. Where the GPU keeps up easily, the least
+        which beside a prefill they get for nothing. Where the GPU keeps up easily, that
         is right too: prompts are then served soonest.
         """
         weight = (1 - _rising(load.spare, SPARE_SHARES)) * (
             1 - _rising(load.backlog, BACKLOG_SHARES)
         )
         weight = max(weight, _rising(load.kv_usage, KV_SHARES))
-        return weight * decode_ms + (1 - weight) * (mixed_ms - prefill_ms)
+        added_ms = self.added_price(mixed_ms - prefill_ms, load)
+        return weight * decode_ms + (1 - weight) * added_ms
+
+    def added_price(self, added_ms: float, load: Load) -> float:
+        """What of ``added_ms``, by which decodes make a mixed step longer, counts as work.
+
+        All of it, until prompts queue for steps to come: those are then to be served as fast as
+        the bound allows. Not where they wait for room in the KV cache, which decodes make.
+        """
+        queue = _rising(load.backlog, QUEUE_STEPS) * (1 - _rising(load.kv_usage, KV_SHARES))
+        return (1 - queue) * added_ms
 
     def chunk_sizes(self, prefill_tokens: int) -> IntArray:
         """The chunks that a CAPPED step may have; the last is the whole prefill."""
