@@ -18,14 +18,13 @@ from vllm_duet.anchors import (
     fit,
     lane_gains,
     lane_shapes,
-    level,
     mean_error,
     shapes_to_measure,
     within,
 )
 from vllm_duet.forecast import unknown_device
 from vllm_duet.policy import ForecastPolicy, PolicyLimits, decode_lanes
-from vllm_duet.roofline import NO_ANCHORS, GpuProfile, LaneFactor, ModelShape, Roofline
+from vllm_duet.roofline import GpuProfile, LaneFactor, ModelShape, Roofline
 
 MODEL = Path(__file__).parent.parent / "eval/models/qwen3-8b/config.json"
 LIMITS = StepLimits(max_seqs=256, max_tokens=8192, max_context=16384, cache_tokens=400_000)
@@ -97,15 +96,6 @@ def test_an_anchor_is_met(shape) -> None:
     anchors = measured(true, shapes_to_measure(LIMITS))
     alone = [a for a in anchors if a.shape.decodes and a.shape.decode_context == 16]
     assert mean_error(assumed.anchored(fit(assumed, anchors)), alone) < 1e-3
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.4])
-def test_a_fitted_profile_gets_one_factor(shape, factor) -> None:
-    roofline = Roofline(shape, GpuProfile.load("h100-sxm"))
-    anchors = [a._replace(ms=factor * a.ms) for a in measured(roofline, shapes_to_measure(LIMITS))]
-    # One that was disturbed does not count.
-    anchors[3] = anchors[3]._replace(ms=50 * anchors[3].ms)
-    assert level(roofline, anchors) == NO_ANCHORS._replace(steps=((1, pytest.approx(factor)),))
 
 
 def test_lanes_beside_each_other(shape) -> None:

@@ -228,18 +228,6 @@ def fit(
     return factors._replace(lanes=_lane_factors(roofline.anchored(factors), lanes))
 
 
-def level(roofline: Roofline, anchors: Sequence[Anchor]) -> AnchorFactors:
-    """One factor for all steps, the median of what ``roofline`` is off by.
-
-    For a profile that was fitted to measured operators, and so knows the ratios of steps. In the
-    simulator a policy that also had each step's own factor did worse (docs/evaluation.md, "A
-    profile that is wrong, and steps measured first"); what is left the correction learns while
-    serving.
-    """
-    factor = median(anchor.ms / _ms(roofline, anchor.shape) for anchor in anchors)
-    return NO_ANCHORS._replace(steps=((1, factor),))
-
-
 def _lane_factors(roofline: Roofline, lanes: Sequence[LaneAnchor]) -> tuple[LaneFactor, ...]:
     """Of each decode lane, from what was measured side by side."""
     found: dict[int, list[tuple[float, float]]] = {}

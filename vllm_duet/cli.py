@@ -158,8 +158,7 @@ def _print(diagnosis: Diagnosis, console: Console) -> None:
     console.print("\n[bold]What else keeps an engine from splitting[/bold]")
     limits = Table.grid(padding=(0, 2))
     for limit in LIMITS:
-        if limit.about != "lanes":
-            limits.add_row(limit.feature, f"[dim]{escape(limit.sentence)}[/dim]")
+        limits.add_row(limit.feature, f"[dim]{escape(limit.sentence)}[/dim]")
     console.print(limits)
     if shape is None and diagnosis.shape_problem is None:
         console.print("\nGive a model with --model to check its architecture too.")

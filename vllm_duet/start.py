@@ -36,7 +36,6 @@ from vllm_duet.anchors import (
     fit,
     lane_gains,
     lane_shapes,
-    level,
     mean_error,
     shapes_to_check,
     shapes_to_measure,
@@ -113,10 +112,7 @@ def measure_at_start(executor: Any) -> None:
             file.write(kept)
         _found[vllm_config.instance_id] = kept
         _use_lanes(executor, config, found)
-        if _is_fitted(vllm_config, roofline):
-            factors = level(roofline, found.anchors)
-        else:
-            factors = fit(roofline, found.anchors, found.lanes)
+        factors = fit(roofline, found.anchors, found.lanes)
         report_roofline(vllm_config, roofline.anchored(factors))
     except Exception as error:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # CUDA's go on
@@ -160,15 +156,6 @@ def _profile_name(config: DuetConfig) -> str | None:
         return profile.name if profile else None
     path = Path(config.gpu_profile)
     return str(path.resolve()) if path.is_file() else config.gpu_profile
-
-
-def _is_fitted(vllm_config: Any, roofline: Roofline) -> bool:
-    """Whether the roofline is that of the model itself, on a GPU whose operators were measured."""
-    try:
-        known = model_shape(vllm_config)
-    except NoForecastError:
-        return False
-    return roofline.profile.measured == "published" and roofline.shape == known
 
 
 def _measured(steps: MeasuredSteps, roofline: Roofline) -> tuple[list[Anchor], list[Anchor]]:

@@ -15,12 +15,12 @@ from vllm_duet.plan import Mode
 TIMINGS = get_args(Timing)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_plans(roomy, seed):
     run_both(roomy, random_mix(seed), TIMINGS[seed % 4], seed % 3, mode="random", seed=seed)
 
 
-@pytest.mark.parametrize("seed", range(100, 115))
+@pytest.mark.parametrize("seed", range(100, 108))
 def test_random_plans_with_a_cramped_cache(cramped, seed):
     run_both(cramped, random_mix(seed), TIMINGS[seed % 4], seed % 5, mode="random", seed=seed)
 
@@ -38,7 +38,7 @@ def test_always_split(roomy, timing):
 
 def test_the_mixes_reached_what_they_are_for():
     """Runs last in this file: the tests above would prove little without these."""
-    if CountingScheduler.seen["runs"] < 25:
+    if CountingScheduler.seen["runs"] < 18:
         pytest.skip("only when the whole file runs")
     for wanted in (
         "joins",
