@@ -106,7 +106,9 @@ def test_buffers_of_a_prefill_in_flight_stay_as_they_are(tmp_path):
 
 @on_fake_gpu()
 def test_preemption_beside_a_prefill(tmp_path):
-    CountingScheduler.seen.clear()
+    """Whether one falls beside a prefill the steps' order decides, which threads share in."""
+    seen = CountingScheduler.seen
+    seen.clear()
     asked = Counter[int]()
 
     def done(launched):
@@ -117,10 +119,12 @@ def test_preemption_beside_a_prefill(tmp_path):
         patch.object(_Launched, "done", done),
         running(tmp_path, num_gpu_blocks_override=65) as engine,
     ):
-        for seed in range(3):
+        for seed in range(20):
             engine.serve(clients(seed, count=32, longest=200, leaving=0.2))
-    assert CountingScheduler.seen["preemptions beside a prefill"]
-    assert CountingScheduler.seen["joins of an aborted request"]
+            joins, preemptions = "joins of an aborted request", "preemptions beside a prefill"
+            if seed > 1 and seen[joins] and seen[preemptions]:
+                return
+    raise AssertionError(f"in 20 rounds there were {seen}")
 
 
 @pytest.mark.parametrize("what", ["a launch", "memory"])
