@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from operator import attrgetter
 from typing import Final, NamedTuple, Protocol
 
@@ -43,7 +43,7 @@ short of time for."""
 
 QUEUE_STEPS: Final = (2.0, 4.0)
 """Where the prompts that wait fill more steps than the second, who arrives waits for all of them,
-and tokens come sooner than they have to: what decodes gain is worth nothing then."""
+while tokens come sooner than they have to: a decode step is worth nothing then."""
 
 KV_SHARES: Final = (0.8, 0.95)
 """Where more than the second share of the KV cache is in use, prompts wait for decodes to end."""
@@ -296,6 +296,12 @@ def speedup(decode_steps: float, decode_ms: float, prefill_ms: float, wall_ms: f
 _compiled_speedup: Final = njit(speedup)
 
 
+def _mixed_speedup(decode_ms: float, whole_ms: float, part: float, wall_ms: float) -> float:
+    """Of a mixed step that does ``part`` of the prefill; -inf where that is none, as no step keeps
+    the bound. Decodes have the price ``decode_ms``, and the whole step ``whole_ms``."""
+    return speedup(1.0, decode_ms, part * (whole_ms - decode_ms), wall_ms) if part else -inf
+
+
 class _Split(NamedTuple):
     """A split by one decode lane. Plain floats: with so few of them, loops are
     faster than arrays, and this is on the scheduling path.
@@ -323,45 +329,39 @@ def _choose_cap(
     factor: float,
     guard: float,
     added_ms: float,
-    decode_ms: float,
     prefill_ms: float,
     bound_ms: float,
     splits_ms: float,
     must_beat: float,
 ) -> tuple[int, float, float]:
-    """The mixed step to compare splits with: its index, its speedup, and the bound.
+    """The mixed step to compare splits with: its index, its part of the prefill, and the bound.
 
     ``forecast_ms``, ``tokens`` and ``pairs`` are [N], by size of the chunk; the last is
     the whole prefill. Of its work a chunk does tokens + ``tokens_per_pair`` pairs, in
-    proportion. ``decode_ms`` and ``prefill_ms`` are the prices of :func:`speedup`, and
-    ``splits_ms`` is the smallest TBT of a split, guard included, which matters where
-    nothing keeps the bound. The speedup is -inf where no chunk does.
+    proportion. ``splits_ms`` is the smallest TBT of a split, guard included, which matters where
+    nothing keeps the bound. The part is 0 where no chunk does.
 
-    Between chunks, a decode step is worth ``added_ms``, what it adds to a mixed step, or less: at
-    a higher price those chunks win that cost next to nothing beside reading the weights,
-    and prompts crawl. From some hundred tokens on chunks hardly differ in speedup, less than
-    forecasts are wrong; of those within ``must_beat`` of the fastest the largest wins, which
-    serves the prompts soonest.
+    ``added_ms`` and ``prefill_ms`` are the prices of :func:`speedup` between chunks: there a
+    decode step is worth what it adds to a mixed step, or less. At a higher price those chunks win
+    that cost next to nothing beside reading the weights, and prompts crawl.
     """
     last = forecast_ms.size - 1
     work = tokens + tokens_per_pair * pairs
     lowest_ms = min(splits_ms, forecast_ms.min() * factor * guard)
     if lowest_ms > bound_ms:
         bound_ms = lowest_ms * must_beat
-    speedups = np.full(last + 1, -np.inf)
+    best, best_speedup, found = last, -np.inf, -np.inf
     for n in range(last + 1):
         wall_ms = forecast_ms[n] * factor
         if wall_ms * guard <= bound_ms:
-            rest_ms = (decode_ms + prefill_ms - added_ms) * work[n] / work[last]
-            speedups[n] = _compiled_speedup(1.0, added_ms, rest_ms, wall_ms)
-    fastest = speedups.max()
-    if fastest == -np.inf:
-        return last, fastest, bound_ms
-    best = last
-    while speedups[best] * must_beat < fastest:
-        best -= 1
-    part_ms = prefill_ms * work[best] / work[last]
-    return best, _compiled_speedup(1.0, decode_ms, part_ms, forecast_ms[best] * factor), bound_ms
+            found = _compiled_speedup(1.0, added_ms, prefill_ms * work[n] / work[last], wall_ms)
+            if found > best_speedup:
+                best, best_speedup = n, found
+    if best_speedup == -np.inf:
+        return best, 0.0, bound_ms
+    if forecast_ms[last] * factor * guard <= bound_ms and best_speedup <= must_beat * found:
+        best = last
+    return best, work[best] / work[last], bound_ms
 
 
 class ForecastPolicy:
@@ -455,22 +455,24 @@ class ForecastPolicy:
         factor, guard = self._correct(AGGREGATED_STEP)
         whole_ms = mixed_ms * factor
         alone = 1.0 if self._correction is None else self._correction.factor(DECODE_ONLY, factor)
-        decode_price = self.decode_price(
+        full_price = self.decode_price(
             num_decodes, prefill_tokens, whole_ms, prefill_ms * factor, decode_ms * alone, load
         )
-        prices = (decode_price, whole_ms - decode_price)
+        worth = self.decode_worth(load)
+        decode_price = worth * full_price
         steps_between = JOIN_STEPS if load.late > LATE_SHARE else 1
         splits = self._splits(
             lanes,
             step_ms,
             until_done_ms,
-            *prices,
+            decode_price,
+            whole_ms - decode_price,
             follows=bool(lane_in_use),
             steps_between=steps_between,
         )
 
         reason = _KEEPS_BOUND
-        cap, best_mixed, tbt_ms = prefill_tokens, 1.0, mixed_ms
+        cap, part, tbt_ms = prefill_tokens, 1.0, mixed_ms
         if whole_ms * guard <= bound_ms:
             # Nothing to cut for: AGGREGATED, unless a split is faster.
             if not limits.split_for_throughput:
@@ -480,15 +482,16 @@ class ForecastPolicy:
             chunks_ms, chunk_tokens, pairs = self._roofline.capped_ms(
                 decode, prefill_query_lens, prefill_context_lens, sizes
             )
-            chunk, best_mixed, bound_ms = _choose_cap(
+            added_ms = worth * factor * (mixed_ms - prefill_ms)
+            chunk, part, bound_ms = _choose_cap(
                 chunks_ms,
                 chunk_tokens,
                 pairs,
                 self._tokens_per_pair,
                 factor,
                 guard,
-                self.added_price(factor * (mixed_ms - prefill_ms), load),
-                *prices,
+                added_ms,
+                whole_ms - added_ms,
                 within_ms,
                 min([split.guarded_ms for split in splits], default=np.inf),
                 must_beat,
@@ -498,10 +501,14 @@ class ForecastPolicy:
             cap, tbt_ms = int(sizes[chunk]), float(chunks_ms[chunk])
         keeping = [split for split in splits if split.guarded_ms <= bound_ms]
         split = max(keeping, key=_speedup_of, default=None)
+        best_mixed = _mixed_speedup(decode_price, whole_ms, part, tbt_ms * factor)
         if split is not None and split.speedup > must_beat * best_mixed:
             tokens = split.steps * num_decodes + prefill_tokens
-            # Where no other plan keeps the bound, nothing is known of what it saves.
-            whole_step_ms, whole_prefill_ms = (max(0.0, price / best_mixed) for price in prices)
+            # What it saves is told at the full price.
+            mixed = _mixed_speedup(full_price, whole_ms, part, tbt_ms * factor)
+            whole_step_ms, whole_prefill_ms = (
+                max(0.0, price / mixed) for price in (full_price, whole_ms - full_price)
+            )
             return DuetPlan(
                 Mode.SPLIT,
                 reason,
@@ -550,17 +557,15 @@ class ForecastPolicy:
             1 - _rising(load.backlog, BACKLOG_SHARES)
         )
         weight = max(weight, _rising(load.kv_usage, KV_SHARES))
-        added_ms = self.added_price(mixed_ms - prefill_ms, load)
-        return weight * decode_ms + (1 - weight) * added_ms
+        return weight * decode_ms + (1 - weight) * (mixed_ms - prefill_ms)
 
-    def added_price(self, added_ms: float, load: Load) -> float:
-        """What of ``added_ms``, by which decodes make a mixed step longer, counts as work.
+    def decode_worth(self, load: Load) -> float:
+        """The part of its price that a decode step counts for.
 
         All of it, until prompts queue for steps to come: those are then to be served as fast as
         the bound allows. Not where they wait for room in the KV cache, which decodes make.
         """
-        queue = _rising(load.backlog, QUEUE_STEPS) * (1 - _rising(load.kv_usage, KV_SHARES))
-        return (1 - queue) * added_ms
+        return 1 - _rising(load.backlog, QUEUE_STEPS) * (1 - _rising(load.kv_usage, KV_SHARES))
 
     def chunk_sizes(self, prefill_tokens: int) -> IntArray:
         """The chunks that a CAPPED step may have; the last is the whole prefill."""
