@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the start proves, with kernels that compute: right lanes pass in whatever order the
-streams run, and a wait that is missing is noticed."""
+streams run."""
 
 from __future__ import annotations
 
+import random
+import time
+from types import SimpleNamespace
+
 import pytest
-import torch
 from engine.harness import Engine
 from engine.workloads import random_mix
-from fake_gpu import real_kernels
+from fake_gpu import FakeGpu
 from gpu.real_tokens.conftest import DECODE_SMS
-from gpu.real_tokens.test_mutations import ORDERS, WAITS, recover, without_wait
 from gpu.real_tokens.test_real_tokens import SEEDS, compare_all, late
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_duet.hand_made import HandMadeSteps
 from vllm_duet.worker import proof
 from vllm_duet.worker.proof import Proof, prove_lanes
-
-UNPROVED = {
-    "prefill for the prefill before it",  # there is one at a time
-}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +27,13 @@ def _small(monkeypatch) -> None:
     monkeypatch.setattr(proof, "MOST_DECODES", 4)
     monkeypatch.setattr(proof, "CONTEXTS", (3, 70))
     monkeypatch.setattr(proof, "MOST_PREFILL", 90)
-    monkeypatch.setattr(proof, "TIMEOUT_S", 300.0)
+    # The device goes on while the proof waits; a query alone runs no kernel that computes.
+    gpu, rng = FakeGpu(), random.Random(0)
+
+    def sleep(seconds):
+        gpu.advance(rng.choice([0, 10, 50]))
+
+    monkeypatch.setattr(proof, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
 
 
 def prove(engine: Engine, order: int | None) -> Proof:
@@ -43,31 +47,9 @@ def prove(engine: Engine, order: int | None) -> Proof:
         return prove_lanes(worker, steps, splits, most_decodes)
 
 
-@pytest.mark.parametrize("engine", ["roomy", "synchronous"])
-def test_right_lanes_pass_in_any_order_and_the_engine_serves_as_before(request, engine):
-    engine = request.getfixturevalue(engine)
+def test_right_lanes_pass_in_any_order_and_the_engine_serves_as_before(roomy):
     arrivals = random_mix(1)
-    stock = engine.run(arrivals, AsyncScheduler)
+    stock = roomy.run(arrivals, AsyncScheduler)
     for order in (None, *range(SEEDS)):
-        assert prove(engine, order) == Proof(None)
-    compare_all(stock, engine.run(arrivals, AsyncScheduler))
-
-
-@pytest.mark.parametrize("name", WAITS)
-def test_a_wait_that_is_missing_is_noticed(roomy, monkeypatch, name):
-    for order in range(ORDERS):
-        with monkeypatch.context() as patch:
-            without_wait(*WAITS[name])(roomy, patch)
-            try:
-                found = prove(roomy, order)
-            except RuntimeError as error:  # of a kernel, which tells late() alone
-                found = Proof(str(error))
-        torch.cuda.synchronize()
-        real_kernels.errors.clear()
-        if found.obstacle is not None:
-            recover(roomy)
-            print(f"{name}: {found.obstacle} (order {order})")
-            return
-    if name in UNPROVED:
-        pytest.xfail("not noticed")
-    raise AssertionError("not noticed")
+        assert prove(roomy, order) == Proof(None)
+    compare_all(stock, roomy.run(arrivals, AsyncScheduler))
