@@ -504,7 +504,8 @@ class ForecastPolicy:
         best_mixed = _mixed_speedup(decode_price, whole_ms, part, tbt_ms * factor)
         if split is not None and split.speedup > must_beat * best_mixed:
             tokens = split.steps * num_decodes + prefill_tokens
-            # What it saves is told at the full price.
+            # What it saves is told at the full price. Where no other plan keeps the bound, nothing
+            # is known of that.
             mixed = _mixed_speedup(full_price, whole_ms, part, tbt_ms * factor)
             whole_step_ms, whole_prefill_ms = (
                 max(0.0, price / mixed) for price in (full_price, whole_ms - full_price)
