@@ -158,10 +158,14 @@ class Case:
         return self.mixed_ms(plan.max_prefill_tokens)
 
     @property
+    def full(self) -> float:
+        """How far prompts wait for room in the KV cache."""
+        return min(max((self.load.kv_usage - 0.8) / 0.15, 0), 1)
+
+    @property
     def queue(self) -> float:
-        """How far prompts queue for steps to come, and not for room in the KV cache."""
-        full = min(max((self.load.kv_usage - 0.8) / 0.15, 0), 1)
-        return min(max(self.load.backlog / 2 - 1, 0), 1) * (1 - full)
+        """How far they queue for steps to come, and not for that."""
+        return min(max(self.load.backlog / 2 - 1, 0), 1) * (1 - self.full)
 
     def speedup(self, plan: DuetPlan) -> float:
         """speedup() of a plan, by brute force."""
@@ -170,7 +174,7 @@ class Case:
         decode_alone_ms = self.roofline.predict(self.decode, self.num_sms).ms
         load = self.load
         weight = min(max((0.5 - load.spare) / 0.2, 0), 1) * min(max(2 - 2 * load.backlog, 0), 1)
-        weight = max(weight, min(max((load.kv_usage - 0.8) / 0.15, 0), 1))
+        weight = max(weight, self.full)
         decode_ms = (1 - self.queue) * (added_ms + weight * (decode_alone_ms - added_ms))
         prefill_price_ms = self.mixed_ms() - decode_ms
         if plan.mode is Mode.SPLIT:

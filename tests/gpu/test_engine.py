@@ -107,6 +107,7 @@ def test_buffers_of_a_prefill_in_flight_stay_as_they_are(tmp_path):
 @on_fake_gpu()
 def test_preemption_beside_a_prefill(tmp_path):
     """Whether one falls beside a prefill the steps' order decides, which threads share in."""
+    wanted = "preemptions beside a prefill", "joins of an aborted request"
     seen = CountingScheduler.seen
     seen.clear()
     asked = Counter[int]()
@@ -121,10 +122,9 @@ def test_preemption_beside_a_prefill(tmp_path):
     ):
         for seed in range(20):
             engine.serve(clients(seed, count=32, longest=200, leaving=0.2))
-            joins, preemptions = "joins of an aborted request", "preemptions beside a prefill"
-            if seed > 1 and seen[joins] and seen[preemptions]:
-                return
-    raise AssertionError(f"in 20 rounds there were {seen}")
+            if seed > 1 and all(seen[what] for what in wanted):
+                break
+    assert all(seen[what] for what in wanted), seen
 
 
 @pytest.mark.parametrize("what", ["a launch", "memory"])

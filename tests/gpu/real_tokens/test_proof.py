@@ -16,9 +16,9 @@ from gpu.real_tokens.conftest import DECODE_SMS
 from gpu.real_tokens.test_real_tokens import SEEDS, compare_all, late
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from vllm_duet.hand_made import HandMadeSteps
+from vllm_duet.start import MeasuredSteps
 from vllm_duet.worker import proof
-from vllm_duet.worker.proof import Proof, prove_lanes
+from vllm_duet.worker.proof import Proof
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +37,10 @@ def _small(monkeypatch) -> None:
 
 
 def prove(engine: Engine, order: int | None) -> Proof:
-    runner = engine.runner
-    splits = dict(zip(DECODE_SMS, (132 - sms for sms in DECODE_SMS), strict=True))
-    assert set(splits.values()) == runner.lanes.prefill_sms
-    steps = HandMadeSteps(engine.vllm_config, runner.kv_cache_config)
-    most_decodes = min(graphs.most_decodes for graphs in runner.lane_graphs.values())
-    worker = engine.llm_engine.model_executor.driver_worker.worker
+    splits = {sms: 132 - sms for sms in DECODE_SMS}
+    assert set(splits.values()) == engine.runner.lanes.prefill_sms
     with late(order):
-        return prove_lanes(worker, steps, splits, most_decodes)
+        return MeasuredSteps(engine.llm_engine.model_executor).prove_lanes(splits)
 
 
 def test_right_lanes_pass_in_any_order_and_the_engine_serves_as_before(roomy):
