@@ -9,14 +9,20 @@ How much two right results may differ, the model itself tells. A step's numbers 
 else is in its batch, since kernels then add up in another order. So the batch runs whole in two
 ways, all in one step, and decodes and prompts apart; a split step may differ from either by
 somewhat more than these two do from each other.
+
+Each split runs three times. First every step ends before the next begins, and the prefill before
+its join: then both lanes are known to come to an end. Then steps queue up on the device as in
+vLLM's own loop, and at last the join, too, behind the prefill: what nobody waits for shows.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from math import inf
 from typing import Any, NamedTuple
 
@@ -120,6 +126,14 @@ class _Results:
         return counts[0] == counts[1]
 
 
+class _Queued(NamedTuple):
+    """A step's output, whether the device has come to its end (``None``: it has), what it is."""
+
+    output: Any
+    is_done: Callable[[], bool] | None
+    what: str
+
+
 class _Batch:
     """Some decodes, a new prompt, and one of which a part has been computed."""
 
@@ -131,6 +145,8 @@ class _Batch:
         """
         self._worker, self._runner, self._steps = worker, worker.model_runner, steps
         self._launches = 0
+        self._queued = deque[_Queued]()
+        self._depth = 1
         self._places: dict[str, int] = {}
         limits = steps.limits
         count = min(MOST_DECODES, most_decodes - 2, limits.max_seqs - 2, limits.max_tokens // 2)
@@ -177,8 +193,10 @@ class _Batch:
         apart.kv = [blocks.cpu() for blocks in self._kv()]
         least = ROUNDING[self._runner.model_config.dtype]
         allowed = min(max(NOISE_FACTOR * noise, least), NEVER_ROUNDING)
-        for decode_sms, prefill_sms in splits.items():
-            split = self._results(partial(self._split, decode_sms, prefill_sms))
+        depth = self._runner.vllm_config.max_concurrent_batches
+        ways = (1, Join.IF_DONE), (depth, Join.IF_DONE), (depth, Join.WAIT)
+        for (decode_sms, prefill_sms), (self._depth, join) in product(splits.items(), ways):
+            split = self._results(partial(self._split, decode_sms, prefill_sms, join))
             off = min(self._off(split, whole) for whole in (mixed, apart))
             if not off <= allowed:
                 return (
@@ -213,6 +231,7 @@ class _Batch:
         self,
         decode_sms: int,
         prefill_sms: int,
+        join: Join,
         decodes: Sequence[HandMadeRequest],
         prompts: Sequence[HandMadeRequest],
     ) -> None:
@@ -224,8 +243,7 @@ class _Batch:
                 prefill = self._steps.step(prompts)
                 launch = PrefillLaunch(self._launches, prefill, decode_sms, prefill_sms)
                 self._launches += 1
-            join = None if launch else Join.IF_DONE
-            output.duet = StepDirective(launch, join, decode_sms)
+            output.duet = StepDirective(launch, None if launch else join, decode_sms)
             self._run(output, of_decode)
         for prefill in self._runner.prefills_in_flight:
             self._wait(prefill.done, of_prefill)
@@ -259,7 +277,9 @@ class _Batch:
             self._run(self._steps.step(decodes))
             way(decodes, prompts)
             self._run(self._steps.step(decodes=requests))
+            self._take_all()
         self._run(self._steps.step(ended=requests))
+        self._take_all()
         return self._found
 
     @contextmanager
@@ -279,15 +299,29 @@ class _Batch:
             del runner.sample
 
     def _run(self, output: Any, what: str = "a step") -> None:
-        """
+        """Queue a step, and wait until no more than ``depth - 1`` have not ended.
+
         Raises:
-            LaneError: the device has not come to the end of it in time, or a prefill has failed.
+            LaneError: the device has not come to the end of one in time, or a prefill has failed.
         """
         step = self._worker.execute_model(output)
         if output.total_num_scheduled_tokens:
             step = self._worker.sample_tokens(None)
+        is_done = None
         if self._runner.device.type != "cpu":
-            self._wait(torch.cuda.current_stream(self._runner.device).record_event().query, what)
+            is_done = torch.cuda.current_stream(self._runner.device).record_event().query
+        self._queued.append(_Queued(step, is_done, what))
+        while len(self._queued) >= self._depth:
+            self._take()
+
+    def _take_all(self) -> None:
+        while self._queued:
+            self._take()
+
+    def _take(self) -> None:
+        step, is_done, what = self._queued.popleft()
+        if is_done is not None:
+            self._wait(is_done, what)
         if isinstance(step, AsyncModelRunnerOutput):
             step = step.get_output()
         joined: JoinedPrefill | None = getattr(step, "duet", None)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the start proves, with kernels that compute: right lanes pass in whatever order the
-streams run."""
+streams run, and lanes that lack one of their waits do not."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from engine.harness import Engine
 from engine.workloads import random_mix
 from fake_gpu import FakeGpu
 from gpu.real_tokens.conftest import DECODE_SMS
+from gpu.real_tokens.test_mutations import ORDERS, WAITS, recover, without_wait
 from gpu.real_tokens.test_real_tokens import SEEDS, compare_all, late
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
@@ -49,3 +50,25 @@ def test_right_lanes_pass_in_any_order_and_the_engine_serves_as_before(roomy):
     for order in (None, *range(SEEDS)):
         assert prove(roomy, order) == Proof(None)
     compare_all(stock, roomy.run(arrivals, AsyncScheduler))
+
+
+NOTICED = (
+    "decode lane for the caller",
+    "caller for the decode lane",
+    "preparing for the fork",
+    "prefill for what was prepared",
+)
+"""Of WAITS. In one order out of twelve "caller for the prefill", too, since the fake GPU's prefills
+take no longer than its decode steps; the other two show in no tokens, see test_mutations.py."""
+
+
+@pytest.mark.parametrize("name", NOTICED)
+def test_a_wait_that_is_missing_is_noticed(roomy, monkeypatch, name):
+    for order in range(3 * ORDERS):
+        with monkeypatch.context() as patch:
+            without_wait(*WAITS[name])(roomy, patch)
+            found = prove(roomy, order)
+        if found.obstacle is not None:
+            recover(roomy)
+            break
+    assert found.obstacle is not None
