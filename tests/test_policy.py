@@ -575,6 +575,15 @@ def test_steps_slower_than_forecast_shrink_the_chunk() -> None:
     assert caps[1] == caps[2]
 
 
+def test_drafts_leave_a_prompt_less_of_the_bound() -> None:
+    case = Case(roofline_of(), [1000] * 128, [8000], [0])
+    plans = [case.decide(PolicyLimits(50.0, decode_tokens=n), can_split=False) for n in (1, 4)]
+    caps = [plan.max_prefill_tokens for plan in plans]
+    assert caps[0] is not None and caps[1] is not None
+    assert MIN_CHUNK_TOKENS < caps[1] < caps[0]
+    assert all(plan.tbt_ms <= 50.0 for plan in plans)
+
+
 # Decode lanes
 
 

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from vllm.config.compilation import CUDAGraphMode
@@ -76,10 +77,6 @@ def decodes_in_pieces(config: Any) -> None:
     config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
-def caches_states(config: Any) -> None:
-    config.cache_config.mamba_cache_mode = "align"
-
-
 def is_switched_off(config: Any) -> None:
     config.additional_config = {"duet": {"cuda_lanes": False}}
 
@@ -94,7 +91,6 @@ def proves_nothing(config: Any) -> None:
         (prefetches, "weights offloaded by prefetch"),
         (has_a_worker_of_its_own, "a worker in a process of its own"),
         (decodes_in_pieces, "no full CUDA graphs of decode steps"),
-        (caches_states, "a prefix cache of state-space layers"),
         (is_switched_off, "the CUDA lanes are switched off"),
         (proves_nothing, "the CUDA lanes are not proved at start"),
     ],
@@ -103,8 +99,15 @@ def test_one_thing_keeps_steps_whole(on_a_gpu, change: Callable[[Any], None], sa
     config = on_a_gpu()
     change(config)
     assert split_blockers(config, H100) == [said]
-    caps_too = change is caches_states
-    assert deciding_blockers(config) == ([said] if caps_too else [])
+    assert deciding_blockers(config) == []
+
+
+def test_ranks_of_a_dense_model_are_engines_of_their_own(on_a_gpu) -> None:
+    config = on_a_gpu()
+    config.parallel_config.data_parallel_size = 2
+    assert split_blockers(config, H100) == []
+    with patch.object(type(config.model_config), "is_moe", True):
+        assert deciding_blockers(config) == ["data parallelism"]
 
 
 def test_lanes_are_proved_by_default_unless_a_mode_is_forced(on_a_gpu) -> None:

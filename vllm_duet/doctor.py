@@ -251,6 +251,7 @@ def _model_obstacles(config: Mapping[str, Any], shape: ModelShape | None = None)
         is_encoder_decoder=bool(config.get("is_encoder_decoder")),
         runner_type="generate",
         is_diffusion=False,
+        is_hybrid=False,
     )
     vllm_config = SimpleNamespace(model_config=model_config)
     kv_cache_config = SimpleNamespace(

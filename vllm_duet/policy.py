@@ -200,7 +200,8 @@ class PolicyLimits:
     is the paper's trigger: a mixed step that keeps the bound stays as it is.
     ``throughput_margin`` is how much faster than a simpler plan a plan has to be. It
     pays for what the forecast leaves out, launch and join, and keeps near-ties
-    from alternating.
+    from alternating. ``decode_tokens`` is how many tokens a decode computes in a step: more than
+    one with speculative decoding.
     """
 
     tbt_slo_ms: float = 100.0
@@ -208,6 +209,7 @@ class PolicyLimits:
     max_lookahead: int = 8
     split_for_throughput: bool = True
     throughput_margin: float = 0.05
+    decode_tokens: int = 1
 
 
 def decode_sm_candidates(profile: GpuProfile, max_candidates: int = 3) -> tuple[int, ...]:
@@ -444,7 +446,7 @@ class ForecastPolicy:
         limits = self._limits
         bound_ms, must_beat = within_ms, 1 + limits.throughput_margin
         num_decodes, prefill_tokens = len(decode_context_lens), sum(prefill_query_lens)
-        decode = self._roofline.decode_summary(decode_context_lens)
+        decode = self._roofline.decode_summary(decode_context_lens, limits.decode_tokens)
         prefill = self._roofline.prefill_summary(prefill_query_lens, prefill_context_lens)
         lanes = self._lane_sms if can_split else _NO_LANES
         if lane_in_use is not None:

@@ -102,7 +102,7 @@ class DuetScheduler(AsyncScheduler):
         policy = make_policy(self.duet_config, vllm_config, correction, lanes.decode_sms)
         self._decide_by(policy, correction, time.monotonic)
         self._kv_blocks = KVBlocks(self.kv_cache_manager, self.kv_cache_config, lanes.lost_blocks)
-        self._num_capped_decodes = 0
+        self._capped_decode_tokens = 0
         self._load, self._lane_step_ms = IDLE, 0.0
         self._in_flight: list[InFlightPrefill] = []
         self._held: list[Request] = []
@@ -151,14 +151,14 @@ class DuetScheduler(AsyncScheduler):
             prompts = [request for request in self.running if request.is_prefill_chunk]
         if not decodes:
             return self._schedule_whole(throttle_prefills)
-        num_decodes = len(decodes)
+        num_decodes, decode_tokens = len(decodes), self._decode_tokens(decodes)
         plan, prefill_tokens = self._decide(self._policy, decodes, prompts)
         if plan.mode is not Mode.AGGREGATED and prompts:
             # Decodes first: a cut budget must not run out on a prompt before them.
             self.running = decodes + prompts
-        with self._prefill_tokens_capped(num_decodes, plan.max_prefill_tokens):
+        with self._prefill_tokens_capped(decode_tokens, plan.max_prefill_tokens):
             output = super().schedule(throttle_prefills)
-        as_planned = output.total_num_scheduled_tokens == num_decodes + prefill_tokens
+        as_planned = output.total_num_scheduled_tokens == decode_tokens + prefill_tokens
         if plan.mode is Mode.SPLIT:
             if not as_planned and all(batch := batch_of(output)):
                 # The prefix cache held some of it, or the KV cache had no room.
@@ -181,6 +181,17 @@ class DuetScheduler(AsyncScheduler):
         self._step_times.scheduled(output, _kind_of(output))
         return output
 
+    def _decode_tokens(self, decodes: Sequence[Request]) -> int:
+        """How many tokens ``decodes`` take in the next step: each one, and its drafts."""
+        if not self.num_spec_tokens:
+            return len(decodes)
+        return sum(
+            request.num_tokens_with_spec
+            + request.num_output_placeholders
+            - request.num_computed_tokens
+            for request in decodes
+        )
+
     def _decide(
         self,
         policy: Policy,
@@ -196,7 +207,8 @@ class DuetScheduler(AsyncScheduler):
         """
         free_tokens = self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size
         # What the KV cache has no room for will wait.
-        budget = min(self.max_num_scheduled_tokens - len(decodes), free_tokens)
+        decode_tokens = self._decode_tokens(decodes)
+        budget = min(self.max_num_scheduled_tokens - decode_tokens, free_tokens)
         query_lens: list[int] = []
         context_lens: list[int] = []
         waiting_tokens, can_split = 0.0, not (self._blockers or self.kv_holding_waiting)
@@ -206,6 +218,10 @@ class DuetScheduler(AsyncScheduler):
             tokens = request.num_tokens - request.num_computed_tokens
             if tokens <= 0:
                 continue
+            if request.has_encoder_inputs:
+                # An image that does not fit into a cut step would wait for a larger one, and
+                # what the encoder takes is in no forecast.
+                return DuetPlan(Mode.AGGREGATED, reason="a prompt is more than text"), 0
             waiting_tokens += tokens
             query_lens.append(min(budget, tokens))
             context_lens.append(request.num_computed_tokens)
@@ -237,21 +253,23 @@ class DuetScheduler(AsyncScheduler):
         return plan, prefill_tokens
 
     @contextmanager
-    def _prefill_tokens_capped(self, num_decodes: int, tokens: int | None) -> Iterator[None]:
+    def _prefill_tokens_capped(self, decode_tokens: int, tokens: int | None) -> Iterator[None]:
         budget = self.max_num_scheduled_tokens
         if tokens is not None:
-            self.max_num_scheduled_tokens = min(budget, num_decodes + tokens)
-            self._num_capped_decodes = num_decodes
+            # vLLM ends no chunk so near to the end of a prompt that drafts would lack tokens.
+            tokens = max(tokens, self.num_prefill_lookahead)
+            self.max_num_scheduled_tokens = min(budget, decode_tokens + tokens)
+            self._capped_decode_tokens = decode_tokens
         try:
             yield
         finally:
-            self.max_num_scheduled_tokens, self._num_capped_decodes = budget, 0
+            self.max_num_scheduled_tokens, self._capped_decode_tokens = budget, 0
 
     def _mamba_block_aligned_split(self, *args: Any, **kwargs: Any) -> int:
         # It asks whether a whole block fits into one step, where a prompt that is shorter
         # than a block goes unaligned. In a capped step the decodes' tokens are not for it.
         budget = self.max_num_scheduled_tokens
-        self.max_num_scheduled_tokens -= self._num_capped_decodes
+        self.max_num_scheduled_tokens -= self._capped_decode_tokens
         try:
             tokens: int = super()._mamba_block_aligned_split(*args, **kwargs)
         finally:
@@ -550,7 +568,8 @@ def _can_be_in_flight(request: Request) -> bool:
 
 def _kind_of(output: SchedulerOutput) -> str:
     """Whether a whole step has any prefill; one token of a prompt passes for a decode."""
-    prefill = output.total_num_scheduled_tokens > len(output.num_scheduled_tokens)
+    drafts = sum(map(len, output.scheduled_spec_decode_tokens.values()))
+    prefill = output.total_num_scheduled_tokens > len(output.num_scheduled_tokens) + drafts
     return AGGREGATED_STEP if prefill or output.scheduled_new_reqs else DECODE_ONLY
 
 
@@ -597,6 +616,7 @@ def make_policy(
         max_lookahead=config.max_lookahead,
         split_for_throughput=config.split_for_throughput,
         throughput_margin=config.throughput_margin,
+        decode_tokens=1 + vllm_config.num_speculative_tokens,
     )
     return ForecastPolicy(roofline, limits, correction)
 

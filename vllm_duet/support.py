@@ -88,8 +88,9 @@ LIMITS = (
     Limit(
         "data parallelism",
         "options",
-        "SPLIT runs one engine: --data-parallel-size 1.",
-        lambda vllm, kv: vllm.parallel_config.data_parallel_size > 1,
+        "SPLIT runs on one GPU: the experts' ranks step together with --data-parallel-size above"
+        " 1; dense models are split, each rank by itself.",
+        lambda vllm, kv: vllm.parallel_config.data_parallel_size > 1 and vllm.model_config.is_moe,
         caps_too=True,
     ),
     Limit(
@@ -118,7 +119,7 @@ LIMITS = (
         "options",
         "SPLIT decodes one token a step: no --speculative-config.",
         lambda vllm, kv: vllm.speculative_config is not None,
-        caps_too=True,
+        unmeasured=True,
     ),
     Limit(
         "LoRA",
@@ -179,7 +180,6 @@ LIMITS = (
         lambda vllm, kv: (
             vllm.model_config.supports_multimodal_inputs or vllm.model_config.uses_mrope
         ),
-        caps_too=True,
     ),
     Limit(
         "an encoder-decoder model",
@@ -206,15 +206,7 @@ LIMITS = (
         "state-space layers",
         "model",
         "SPLIT needs attention in every layer.",
-        lambda vllm, kv: kv is not None and kv.has_mamba_layers,
-    ),
-    Limit(
-        "a prefix cache of state-space layers",
-        "options",
-        "SPLIT and CAPPED cut prompts anywhere, and vLLM caches states at whole blocks, so some"
-        " prompts would never start: --no-enable-prefix-caching.",
-        lambda vllm, kv: vllm.cache_config.mamba_cache_mode == "align",
-        caps_too=True,
+        lambda vllm, kv: vllm.model_config.is_hybrid or (kv is not None and kv.has_mamba_layers),
     ),
     Limit(
         "no full CUDA graphs of decode steps",

@@ -22,11 +22,12 @@ MAX_STEPS = 1000
 class Arrival:
     """A request, the engine step it arrives at, and the step it is aborted at, if any.
 
-    ``abort_when`` is asked before every step and aborts when it first says so.
+    ``abort_when`` is asked before every step and aborts when it first says so. A ``prompt`` with
+    images is a dictionary, as vLLM takes it.
     """
 
     request_id: str
-    prompt: list[int] | str
+    prompt: list[int] | str | dict[str, Any]
     params: SamplingParams
     step: int = 0
     priority: int = 0
@@ -123,7 +124,8 @@ class Engine:
         for cache in self.runner.kv_caches:
             # The run before may have left just the values that a block read too
             # soon ought to have.
-            cache.uniform_(-3, 3)
+            if cache.is_floating_point():  # or bytes, of states and of keys and values
+                cache.uniform_(-3, 3)
         arrivals = list(arrivals)
         answers = {a.request_id: Answer() for a in arrivals}
         waiting = list(arrivals)
@@ -164,7 +166,7 @@ class Engine:
     def _add(self, arrival: Arrival) -> None:
         arrival.params.output_kind = RequestOutputKind.DELTA
         prompt: Any = arrival.prompt
-        if not isinstance(prompt, str):
+        if isinstance(prompt, list):
             prompt = {"prompt_token_ids": prompt}
         self.llm_engine.add_request(
             arrival.request_id, prompt, arrival.params.clone(), priority=arrival.priority

@@ -186,25 +186,32 @@ def raise_errors() -> None:
 def flash_attention(
     q, k, v, out, cu_seqlens_q, seqused_k, page_table, softmax_scale, is_causal,
     window_size_left, window_size_right, softcap, s_aux, scheduler_metadata=None,
-    **unused,
+    cu_seqlens_k=None, **unused,
 ) -> None:  # fmt: skip
-    """FlashAttention over a paged KV cache, request by request.
+    """FlashAttention, request by request: over a paged KV cache, or an encoder's.
 
     ``q`` and ``out`` are [tokens, heads, head size], ``k`` and ``v`` [blocks, block size, KV heads,
-    head size], ``page_table`` [requests, blocks of a request].
+    head size], ``page_table`` [requests, blocks of a request]. Without one ``k`` and ``v`` are
+    [tokens, KV heads, head size], and those of a request begin at ``cu_seqlens_k``.
     """
     assert softcap == 0 and s_aux is None, "attention sinks and soft caps are not computed"
-    _reads(*_tensors((cu_seqlens_q, seqused_k, page_table, scheduler_metadata)))
-    for request, length in enumerate(seqused_k.tolist()):
+    _reads(*_tensors((cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, scheduler_metadata)))
+    lengths = cu_seqlens_k.diff() if page_table is None else seqused_k
+    for request, length in enumerate(lengths.tolist()):
         first, end = cu_seqlens_q[request].item(), cu_seqlens_q[request + 1].item()
         if first == end or length == 0:
             continue  # padding of a graph
-        blocks = page_table[request, : -(-length // k.shape[1])].long()
-        _reads(q[first:end], *(cache[b] for cache in (k, v) for b in blocks.tolist()))
         _writes(out[first:end])
-        group = q.shape[1] // k.shape[2]
-        keys = k[blocks].flatten(0, 1)[:length].double().repeat_interleave(group, dim=1)
-        values = v[blocks].flatten(0, 1)[:length].double().repeat_interleave(group, dim=1)
+        if page_table is None:
+            begin = cu_seqlens_k[request].item()
+            keys, values = (part[begin : begin + length] for part in (k, v))
+            _reads(q[first:end], keys, values)
+        else:
+            blocks = page_table[request, : -(-length // k.shape[1])].long()
+            _reads(q[first:end], *(cache[b] for cache in (k, v) for b in blocks.tolist()))
+            keys, values = (cache[blocks].flatten(0, 1)[:length] for cache in (k, v))
+        group = q.shape[1] // keys.shape[1]
+        keys, values = (part.double().repeat_interleave(group, dim=1) for part in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", q[first:end].double(), keys) * softmax_scale
         at = torch.arange(length - (end - first), length, device="cpu")[:, None]
         key_at = torch.arange(length, device="cpu")[None, :]

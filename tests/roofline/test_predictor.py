@@ -602,6 +602,19 @@ def test_quick_summaries_equal_summarize(config: dict[str, Any]) -> None:
             assert getattr(ours, field.name) == getattr(theirs, field.name)
 
 
+@pytest.mark.parametrize("config", [QWEN3_8B, GEMMA3_1B], ids=["full", "windowed"])
+def test_drafts_are_rows_that_read_the_kv_cache_once(config: dict[str, Any]) -> None:
+    roofline = Roofline(ModelShape.from_hf_config(config), GpuProfile.load("h100-sxm"))
+    contexts = [0, 900, 4095, 20_000] * 30
+    one, four = (roofline.decode_summary(contexts, tokens) for tokens in (1, 4))
+    assert four.decode_tokens == four.num_sampled == 4 * len(contexts)
+    assert four.decode_kv_tokens == sum(context + 4 for context in contexts)
+    assert four.decode_window_kv_tokens <= one.decode_window_kv_tokens + 3 * len(contexts)
+    times = [float(roofline.step_ms(s, 132)) for s in (one, four)]
+    apart = float(roofline.step_ms(roofline.decode_summary(contexts * 4), 132))
+    assert times[0] < times[1] < apart
+
+
 def test_compiled_code_knows_the_rows_of_the_features() -> None:
     """Its constants are its own, since Numba's cache would not notice if FEATURES changed."""
     rows = {

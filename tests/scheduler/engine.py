@@ -179,6 +179,7 @@ class Engine:
         stop_token: int = -1,
         priority: int = 0,
         request_id: str | None = None,
+        mm_features: list[Any] | None = None,
     ) -> str:
         number = self._num_arrived
         self._num_arrived += 1
@@ -193,6 +194,7 @@ class Engine:
             pooling_params=None,
             arrival_time=float(number),
             priority=priority,
+            mm_features=mm_features,
             block_hasher=self._block_hasher,
         )
         answer = Answer(prompt, self.shape.windows)

@@ -412,17 +412,20 @@ class Roofline:
             window_kv,
         )
 
-    def decode_summary(self, context_lens: Sequence[int]) -> BatchSummary:
+    def decode_summary(self, context_lens: Sequence[int], tokens_each: int = 1) -> BatchSummary:
         """``summarize`` of one new token for each context length, without a Batch.
 
-        A scheduler asks for it at every step: sums of plain ints are faster than arrays.
+        With ``tokens_each``, of so many: a token and its drafts, all of which are sampled from
+        one reading of the KV cache. A scheduler asks for it at every step: sums of plain ints are
+        faster than arrays.
         """
-        count, window_kv = len(context_lens), 0
+        count, more, window_kv = len(context_lens), tokens_each, 0
         if self._window is not None and self._chunked:
-            window_kv = sum(c % self._window + 1 for c in context_lens)
+            window_kv = sum(c % self._window + more for c in context_lens)
         elif self._window is not None:
-            window_kv = sum(min(c + 1, self._window) for c in context_lens)
-        return BatchSummary(count, count, sum(context_lens) + count, window_kv)
+            window_kv = sum(min(c + more, self._window) for c in context_lens)
+        rows = count * tokens_each
+        return BatchSummary(rows, rows, sum(context_lens) + rows, window_kv)
 
     def prefill_summary(
         self, query_lens: Sequence[int], context_lens: Sequence[int]
