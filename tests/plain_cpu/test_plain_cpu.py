@@ -12,6 +12,7 @@ import json
 import os
 import random
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -59,7 +60,7 @@ def slow_gpu(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, PlainServer]]:
     """Stock vLLM; vllm-duet with nothing but its scheduler; and with a forecast and a bound
-    that a full budget of prompt tokens breaks."""
+    that a full budget of prompt tokens breaks, also on two data-parallel ranks."""
     model = make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
     profile = slow_gpu(tmp_path_factory.mktemp("profile"))
     shape = ModelShape.from_hf_config(json.loads((model / "config.json").read_text()))
@@ -80,10 +81,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plai
         "default": ["--scheduler-cls", "vllm_duet.DuetScheduler"],
         "measured": ["--enforce-eager", *duet_options(tbt_slo_ms=TIGHT_BOUND_MS)],
         "capped": ["--enforce-eager", *capped],
+        "ranks": ["--enforce-eager", "--data-parallel-size", "2", *capped],
     }
     with ExitStack() as stack:
         started = {}
-        for names in (("stock", "default", "capped"), ("measured",)):  # which wants quiet
+        for names in (("stock", "default", "capped"), ("ranks",), ("measured",)):  # wants quiet
             for name in names:
                 server = TellingServer(
                     model,
@@ -110,30 +112,34 @@ async def served(server: PlainServer, requests: list[Request]) -> list[list[int]
         return await answers(client, requests)
 
 
-async def steps(server: PlainServer) -> dict[str, float]:
+async def steps(server: PlainServer) -> dict[str, dict[str, float]]:
+    """By mode, of each engine."""
     async with connect(server.url) as client:
         text = (await client.get("/metrics")).text
-    return {
-        sample.labels["mode"]: sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == "vllm_duet:steps_total"
-    }
+    taken = defaultdict[str, dict[str, float]](dict)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "vllm_duet:steps_total":
+                taken[sample.labels["engine"]][sample.labels["mode"]] = sample.value
+    return taken
 
 
-@pytest.mark.parametrize("name", ["default", "measured", "capped"])
+@pytest.mark.parametrize("name", ["default", "measured", "capped", "ranks"])
 async def test_tokens_are_stocks(servers, requests, name: str) -> None:
     expected = await served(servers["stock"], requests)
     assert await served(servers[name], requests) == expected
     assert [len(tokens) for tokens in expected] == [request.max_tokens for request in requests]
 
 
-@pytest.mark.parametrize("name", ["measured", "capped"])
-async def test_prompts_are_capped_where_there_is_a_forecast(servers, requests, name: str) -> None:
+@pytest.mark.parametrize(("name", "engines"), [("measured", 1), ("capped", 1), ("ranks", 2)])
+async def test_prompts_are_capped_where_there_is_a_forecast(
+    servers, requests, name: str, engines: int
+) -> None:
     """By a profile that the options name, or by the times of steps that the start measured."""
     await served(servers[name], requests)
     taken = await steps(servers[name])
-    assert taken["capped"] > 0 and not taken["split"]
+    assert len(taken) == engines
+    assert all(of["capped"] > 0 and not of["split"] for of in taken.values())
 
 
 @pytest.mark.parametrize(
