@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
 from vllm_duet.anchors import DECODE_ROOM, StepLimits
 
@@ -48,11 +48,11 @@ class HandMadeSteps:
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         """
         Raises:
-            ValueError: some layers have no attention over blocks of tokens.
+            ValueError: some layers keep neither keys and values nor a state.
         """
         groups = kv_cache_config.kv_cache_groups
-        if not all(isinstance(group.kv_cache_spec, AttentionSpec) for group in groups):
-            raise ValueError("some layers keep another state than keys and values")
+        if not all(isinstance(group.kv_cache_spec, AttentionSpec | MambaSpec) for group in groups):
+            raise ValueError("some layers keep neither keys and values nor a state")
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
         self._vocabulary_size = vllm_config.model_config.get_vocab_size()
         scheduler = vllm_config.scheduler_config

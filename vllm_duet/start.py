@@ -276,7 +276,7 @@ class MeasuredSteps:
     def __init__(self, executor: Any) -> None:
         """
         Raises:
-            ValueError: some layers have no attention over blocks of tokens.
+            ValueError: some layers keep neither keys and values nor a state.
         """
         vllm_config = executor.vllm_config
         self._executor = executor

@@ -18,6 +18,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny-qwen3"))
 
 
+@pytest.fixture
+def experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a model with experts. vLLM makes its groups once, for the first engine of the process,
+    which may have had none."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        monkeypatch.setattr(parallel_state, "_EP", parallel_state.get_world_group())
+
+
 @pytest.fixture(scope="session")
 def async_scheduling() -> Callable[[], AbstractContextManager[None]]:
     """The GPU's engine loop: the CPU platform turns asynchronous scheduling off."""

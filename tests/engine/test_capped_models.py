@@ -20,7 +20,6 @@ from tiny_families import eagle3_drafter, glm4_moe, qwen3_next
 from tiny_model import make_tiny_model
 from triton.runtime.interpreter import InterpreterBuilder
 from vllm import SamplingParams
-from vllm.distributed import parallel_state
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -133,13 +132,6 @@ def engine_of(settings: dict[str, Any]) -> Engine:
     ENGINES.append(engine)
     Watched.seen.clear()
     return engine
-
-
-@pytest.fixture
-def experts(monkeypatch):
-    """vLLM makes the groups once, for the first engine of the process, which may have none."""
-    if parallel_state.model_parallel_is_initialized():
-        monkeypatch.setattr(parallel_state, "_EP", parallel_state.get_world_group())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import transformers
 from engine.harness import ROOMY, Arrival, Engine, make_llm
 from engine.workloads import tokens
+from tiny_families import qwen3_next
 from tiny_model import SHAPE
 from vllm import SamplingParams, envs
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -41,16 +42,13 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def started(tiny_model, vllm_log):
     """Starts an engine; returns it and what vllm-duet has said."""
 
-    def begin(measure: str, model: Path = tiny_model) -> tuple[Engine, list[str]]:
+    def begin(
+        measure: str, model: Path = tiny_model, dtype: str = "float32"
+    ) -> tuple[Engine, list[str]]:
         vllm_log.clear()
         options = {"duet": {"measure_at_start": measure, "tbt_slo_ms": 5.0}}
-        engine = Engine(
-            make_llm(
-                model,
-                "vllm_duet.DuetScheduler",
-                **ROOMY | {"additional_config": options},
-            )
-        )
+        settings = ROOMY | {"additional_config": options, "dtype": dtype}
+        engine = Engine(make_llm(model, "vllm_duet.DuetScheduler", **settings))
         _kept.append(engine)
         said = [record.getMessage() for record in vllm_log.records]
         return engine, [line for line in said if line.startswith("vllm-duet")]
@@ -83,6 +81,14 @@ def test_nothing_shows_but_the_forecast(started) -> None:
     assert len(engine.runner.req_states.free_indices) == engine.runner.max_num_reqs
     assert answered(engine) == expected
     assert len({tuple(t) for t in expected.values()}) > 1
+
+
+def test_a_model_whose_layers_keep_states(started, experts, tmp_path) -> None:
+    engine, _ = started("always", qwen3_next(tmp_path / "model"), "bfloat16")
+    measured = reported_roofline(engine.vllm_config)
+    assert measured.anchors != NO_ANCHORS
+    assert engine.core.scheduler._policy._roofline is measured
+    assert all(len(tokens) == 6 for tokens in answered(engine).values())
 
 
 def test_the_next_start_takes_the_times_of_the_last(started, tmp_path: Path) -> None:
