@@ -47,6 +47,13 @@ def test_a_wrong_profile_forecasts_right_by_measured_steps(truth: str, seed: int
     assert errors(with_them) < 0.06 < errors(without)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_lanes_that_are_measured_are_those_that_steps_are_split_by(seed: int) -> None:
+    sim = simulation("duet", measure_at_start=True, model_error=WRONG, seed=seed)
+    policy = sim.engine().scheduler._policy
+    assert {lane.decode_sms for lane in policy._roofline.anchors.lanes} == set(policy.decode_sms)
+
+
 def test_measuring_has_the_noise_of_the_steps() -> None:
     noisy = replace(QUIET, noise=0.03)
     found = [

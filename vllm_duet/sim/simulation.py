@@ -430,7 +430,7 @@ class Simulation:
         whole = list(within(shapes, forecast, BUDGET_S, measure, lambda: clock_ms / 1e3))
         decodes, prefill = lane_shapes(limits, seqs)
         pairs = [shape._replace(prefill=prefill.prefill) for shape in decodes if prefill]
-        lanes = decode_lanes(self.profile, None) if pairs else ()
+        lanes = decode_lanes(forecast.profile, None) if pairs else ()  # those it may split by
         return Measured(whole, [beside(sms, pair) for sms in lanes for pair in pairs])
 
     def _measured(self) -> tuple[MeasuredSteps | None, str]:
