@@ -39,8 +39,8 @@ class Limit:
     ``feature`` names it, as a clause; ``sentence`` says what SPLIT needs instead.
     ``about`` is what decides it: how the server is started, the model, or vllm-duet's own
     options of the lanes. ``applies`` takes a VllmConfig and a KVCacheConfig or None.
-    ``caps_too``: not even CAPPED then, since a cut token budget would never let some
-    prompts start, or the forecast would be of another batch than the one that runs.
+    ``caps_too``: not even CAPPED then, since prompts cannot be cut, or ranks have to take the
+    same step.
     ``unmeasured``: steps that the start makes by hand would lack what real ones have.
     """
 
