@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's plain CPU build, served over HTTP: how far forecasts are off, and what a bound does.
+"""vLLM's plain CPU build, served over HTTP: how far forecasts are off, what a bound does,
+and how long a start takes.
 
     python eval/cpu_serving.py MODEL forecasts  # every step of a served load, beside its forecast
     python eval/cpu_serving.py MODEL table      # stock, six static budgets and vllm-duet
+    python eval/cpu_serving.py MODEL start      # what measuring steps adds to a start
 
 Every server gets the same requests at the same times. The results are in
 eval/results/cpu_serving.json, under the command's name.
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -34,6 +37,7 @@ RESULTS = ROOT / "eval" / "results" / "cpu_serving.json"
 LIMITS = ("--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16")
 BUDGETS = (64, 128, 256, 512, 1024, 2048)
 BOUND_MS = 250.0
+STARTS = 2
 VOCABULARY = range(100, 40_000)
 
 
@@ -101,9 +105,30 @@ def table(model: Path, seed: int, count: int, rate: float) -> dict[str, Any]:
     return found
 
 
+def start(model: Path, seed: int, count: int, rate: float) -> dict[str, Any]:
+    """Seconds until a server is ready, in turns; the load does not matter."""
+    with tempfile.TemporaryDirectory() as folder:
+        systems = {
+            "stock": [],
+            "nothing measured": duet_options(measure_at_start="never"),
+            "measured": duet_options(measure_at_start="always"),
+            "measured before": duet_options(measure_at_start="auto"),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in systems}
+        for turn in range(1 + STARTS):
+            for name, options in systems.items():
+                began = time.perf_counter()
+                with Server(model, options, environment={"VLLM_CACHE_ROOT": folder}) as server:
+                    server.wait_until_ready()
+                    taken = time.perf_counter() - began
+                if turn:  # the first makes what is kept on disk
+                    seconds[name].append(round(taken, 1))
+    return {"seconds": seconds, "medians": {n: median(s) for n, s in seconds.items()}}
+
+
 def main(
     model: Annotated[Path, typer.Argument(exists=True)],
-    what: Annotated[Literal["forecasts", "table"], typer.Argument()],
+    what: Annotated[Literal["forecasts", "table", "start"], typer.Argument()],
     seed: int = 0,
     count: int = 60,
     rate: float = 0.8,
@@ -111,7 +136,7 @@ def main(
 ) -> None:
     """Serve MODEL by vLLM's plain CPU build and write down what clients see."""
     load_before = os.getloadavg()[0]
-    found = {"forecasts": forecasts, "table": table}[what](model, seed, count, rate)
+    found = {"forecasts": forecasts, "table": table, "start": start}[what](model, seed, count, rate)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[what] = {
         "command": f"python eval/cpu_serving.py MODEL {what} --seed {seed} --count {count}"
