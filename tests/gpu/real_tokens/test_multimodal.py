@@ -19,9 +19,9 @@ from vllm_duet.plan import Mode
 from vllm_duet.scheduler import DuetScheduler
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sees(tiny_model, tmp_path_factory):
-    """``tiny_model`` switches the kernels on."""
+    """Kept, as ``make_llm`` says; ``tiny_model`` switches the kernels on."""
     model = qwen25_vl(tmp_path_factory.mktemp("tiny-qwen2.5-vl"))
     settings = dict(skip_tokenizer_init=False, skip_mm_profiling=True)
     return make_engine(model, num_gpu_blocks_override=256, **settings)
