@@ -152,7 +152,7 @@ class DuetScheduler(AsyncScheduler):
         if not decodes:
             return self._schedule_whole(throttle_prefills)
         num_decodes, decode_tokens = len(decodes), self._decode_tokens(decodes)
-        plan, prefill_tokens = self._decide(self._policy, decodes, prompts)
+        plan, prefill_tokens = self._decide(self._policy, decodes, decode_tokens, prompts)
         if plan.mode is not Mode.AGGREGATED and prompts:
             # Decodes first: a cut budget must not run out on a prompt before them.
             self.running = decodes + prompts
@@ -196,18 +196,19 @@ class DuetScheduler(AsyncScheduler):
         self,
         policy: Policy,
         decodes: Sequence[Request],
+        decode_tokens: int,
         prompts: Sequence[Request] = (),
         decode_sms: int | None = None,
     ) -> tuple[DuetPlan, int]:
         """Ask the policy about the batch the stock scheduler is about to build.
 
-        It has ``decodes``, then what is left of ``prompts``, then those that wait.
+        It has ``decodes``, of ``decode_tokens`` in all, then what is left of ``prompts``, then
+        those that wait.
         ``decode_sms`` are the decode lane's if it is in use. Returns the plan, and how
         many prefill tokens the step should have by it.
         """
         free_tokens = self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size
         # What the KV cache has no room for will wait.
-        decode_tokens = self._decode_tokens(decodes)
         budget = min(self.max_num_scheduled_tokens - decode_tokens, free_tokens)
         query_lens: list[int] = []
         context_lens: list[int] = []
@@ -388,7 +389,9 @@ class DuetScheduler(AsyncScheduler):
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         if free <= len(self.running) * len(self.kv_cache_config.kv_cache_groups):
             return None
-        plan, _ = self._decide(self._policy, self.running, decode_sms=prefill.plan.decode_sms)
+        plan, _ = self._decide(
+            self._policy, self.running, len(self.running), decode_sms=prefill.plan.decode_sms
+        )
         return plan if plan.mode is Mode.SPLIT else None
 
     def _ends_later(self, prefill: InFlightPrefill) -> bool:

@@ -419,11 +419,11 @@ class Roofline:
         one reading of the KV cache. A scheduler asks for it at every step: sums of plain ints are
         faster than arrays.
         """
-        count, more, window_kv = len(context_lens), tokens_each, 0
+        count, window_kv = len(context_lens), 0
         if self._window is not None and self._chunked:
-            window_kv = sum(c % self._window + more for c in context_lens)
+            window_kv = sum(c % self._window + tokens_each for c in context_lens)
         elif self._window is not None:
-            window_kv = sum(min(c + more, self._window) for c in context_lens)
+            window_kv = sum(min(c + tokens_each, self._window) for c in context_lens)
         rows = count * tokens_each
         return BatchSummary(rows, rows, sum(context_lens) + rows, window_kv)
 

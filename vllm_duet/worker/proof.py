@@ -277,9 +277,9 @@ class _Batch:
             self._run(self._steps.step(decodes))
             way(decodes, prompts)
             self._run(self._steps.step(decodes=requests))
-            self._take_all()
+            self._take_all_but(0)
         self._run(self._steps.step(ended=requests))
-        self._take_all()
+        self._take_all_but(0)
         return self._found
 
     @contextmanager
@@ -311,11 +311,10 @@ class _Batch:
         if self._runner.device.type != "cpu":
             is_done = torch.cuda.current_stream(self._runner.device).record_event().query
         self._queued.append(_Queued(step, is_done, what))
-        while len(self._queued) >= self._depth:
-            self._take()
+        self._take_all_but(self._depth - 1)
 
-    def _take_all(self) -> None:
-        while self._queued:
+    def _take_all_but(self, count: int) -> None:
+        while len(self._queued) > count:
             self._take()
 
     def _take(self) -> None:
